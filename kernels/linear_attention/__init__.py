@@ -1,0 +1,149 @@
+"""Linear attention on one device: the public operator, and the staged passes that scans over ranks call too."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtrain import debug
+from longtrain.kernels import checks
+from longtrain.kernels.dispatch import choose_backend
+from longtrain.kernels.linear_attention import reference
+from longtrain.kernels.linear_attention.torch_impl import LinearAttentionBackward, LinearAttentionForward
+
+__all__ = ["LinearAttentionBackward", "LinearAttentionForward", "check_inputs", "linear_attention"]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | np.ndarray | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention without a softmax, as a recurrence: constant time per token, a state of fixed size.
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t
+
+    ("Transformers are RNNs", Katharopoulos et al. 2020, equations 18 to 20, without their normaliser; with decays per
+    channel "Gated Linear Attention Transformers with Hardware-Efficient Training", Yang et al. 2024, equation 3.)
+
+    q, k [B, T, G, K] with G a divisor of H, v [B, T, H, V] -> out [B, T, H, V] in q's dtype, and the state or None.
+    Dtypes may differ; where q, k or v is float64 all is computed in float64, otherwise in float32. Everything is
+    differentiable, the state too; a gradient has its tensor's dtype.
+
+    log_decay: never above 0; None (no decay), [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per
+        channel). -inf forgets all that came before.
+    scale: multiplies q; default K ** -0.5.
+    initial_state: [N, H, K, V] (N documents; without cu_seqlens [B, H, K, V]), the states before the first tokens.
+    return_state: also return the states after the last tokens, alike, in float32 (float64 where that is computed in).
+        An empty document passes its initial state through.
+    cu_seqlens: int32 or int64 [N+1], boundaries of N documents packed into the one row, from 0 to T, never decreasing;
+        each document starts anew. Best kept on the CPU: elsewhere the host waits to read it.
+    backend: "auto", "torch" or "reference"; `longtrain.kernels.explain` tells what runs.
+
+    Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
+    log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
+    """
+    check_inputs(q, k, v, log_decay)
+    backend = choose_backend("linear_attention", backend, device=q.device)
+    scale = checks.number("scale", scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    batch, tokens, heads, value_width = v.shape
+    offsets = checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch)
+    packed = cu_seqlens is not None
+    if initial_state is not None:
+        checks.floating("initial_state", initial_state, "[N, H, K, V]" if packed else "[B, H, K, V]")
+        count = offsets.size - 1 if packed else batch
+        expected = (count, heads, q.shape[3], value_width)
+        checks.sizes("initial_state", initial_state, expected, "[N, H, K, V]" if packed else "[B, H, K, V]")
+        checks.same_device(q=q, initial_state=initial_state)
+        initial_state = initial_state[None] if packed else initial_state[:, None]  # [B, N, H, K, V]
+    if backend == "reference":
+        out, state = reference.linear_attention(q, k, v, log_decay, offsets, scale=scale, initial_state=initial_state)
+        out = out.to(q.dtype)
+    else:
+        options = _Options(offsets, scale=scale, return_state=return_state)
+        out, state = _LinearAttention.apply(q, k, v, log_decay, initial_state, options)
+    return out, state.squeeze(0 if packed else 1) if return_state else None
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+    """Refuse, with a ValueError naming the argument, tensors that linear attention cannot take: see there."""
+    checks.floating("q", q, "[B, T, G, K]")
+    checks.floating("k", k, "[B, T, G, K]")
+    checks.floating("v", v, "[B, T, H, V]")
+    batch, tokens, heads, _ = v.shape
+    checks.sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[:2] != v.shape[:2] or x.shape[3] != q.shape[3] or x.shape[3] < 1:
+            expected = f"[B, T, G, K] with v's B = {batch}, T = {tokens} and one K >= 1 for q and k"
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+        if x.shape[2] < 1 or heads % x.shape[2]:
+            raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
+    if log_decay is not None:
+        _check_log_decay(log_decay, q, v)
+    checks.same_device(q=q, k=k, v=v, log_decay=log_decay)
+
+
+def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
+    forms = ((v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], q.shape[3]))
+    if not isinstance(log_decay, Tensor) or log_decay.dtype not in checks.FLOATS:
+        given = log_decay.dtype if isinstance(log_decay, Tensor) else type(log_decay).__name__
+        raise ValueError(f"log_decay: got {given}, expected None or a floating-point tensor")
+    if tuple(log_decay.shape) not in forms:
+        expected = ", ".join(map(str, forms))
+        raise ValueError(
+            f"log_decay: got shape {tuple(log_decay.shape)}, expected None, [H], [B, T, H] or [B, T, H, K]: {expected}"
+        )
+    if (log_decay.device.type == "cpu" or debug.enabled()) and bool((log_decay > 0).any()):
+        raise ValueError(f"log_decay: got {log_decay.max().item():g} at most, expected no number above 0")
+
+
+@dataclass(frozen=True)
+class _Options:
+    offsets: np.ndarray
+    scale: float
+    return_state: bool
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None]:
+        forward = LinearAttentionForward(q, k, v, log_decay, options.offsets, scale=options.scale)
+        ctx.save_for_backward(q, k, v, log_decay, initial_state)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return forward.finish(initial_state, return_state=options.return_state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, initial_state = ctx.saved_tensors
+        dout = torch.zeros_like(v) if dout is None else dout
+        backward = LinearAttentionBackward(q, k, v, log_decay, ctx.options.offsets, dout, scale=ctx.options.scale)
+        *gradients, dinitial = backward.finish(
+            initial_state,
+            dstate,
+            need_decay_gradient=ctx.needs_input_grad[3],
+            need_state_gradient=ctx.needs_input_grad[4],
+        )
+        gradients.append(None if dinitial is None else dinitial.to(initial_state.dtype))
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
+        return *(gradient if need else None for gradient, need in needed), None

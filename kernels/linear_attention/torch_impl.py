@@ -1,0 +1,249 @@
+"""Linear attention by chunks, as matrix products: constant time per token, memory linear in T.
+
+With the letters of `decay.py`, for chunk m with state S_m before it:
+
+    o_i     = S_m^T (q_i exp(prefix_i)) + sum_{j <= i} (q_i . k_j exp(between_ij)) v_j            (within_chunk.py)
+    S_{m+1} = exp(total) S_m + sum_j (k_j exp(suffix_j)) v_j^T
+
+and backward, with D_{m+1} the gradient of S_{m+1}:
+
+    D_m  = exp(total) D_{m+1} + sum_i (q_i exp(prefix_i)) do_i^T
+    dq_i = ... + exp(prefix_i) (S_m do_i)       dk_j = ... + exp(suffix_j) (D_{m+1} v_j)
+    dv_j = ... + D_{m+1}^T (k_j exp(suffix_j))
+
+"Gated Linear Attention Transformers with Hardware-Efficient Training" (Yang et al. 2024, section 4); "Various Lengths,
+Constant Speed" (Qin et al. 2024, equations 9 to 16) for fixed decays. Backward keeps nothing of forward but its inputs.
+
+Each pass is a class with stages, so that a sequence spread over ranks can send what its segments sum up to before the
+rest is computed: `summaries()`, then `local()` while messages travel, then `finish(...)`. What one stage computed, the
+next ones find. `finish` alone goes tile by tile and keeps no tile. An object finishes once.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtrain.kernels.linear_attention.chunking import Run
+from longtrain.kernels.linear_attention.tiles import Inputs, TileWork
+
+
+class LinearAttentionForward:
+    """The forward pass over segments: runs of consecutive tokens, each with a state of its own.
+
+    q, k [B, T, G, K], v [B, T, H, V], in any dtypes; log_decay None, [H], [B, T, H] or [B, T, H, K], <= 0; offsets:
+    int64 numpy [N+1], boundaries of the N segments, from 0 to T, the same for every row; scale: multiplies q.
+    States are [B, N, H, K, V] in the state dtype: float64 if q, k or v is, otherwise float32.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, offsets: np.ndarray, *, scale: float
+    ) -> None:
+        self._inputs = Inputs(q, k, v, log_decay, offsets, scale=scale)
+        self._kept: list[TileWork] = []
+
+    def summaries(self) -> tuple[Tensor, Tensor]:
+        """What takes a state through a segment: S_out = exp(log_transition)[..., None] * S_in + state.
+
+        Returns log_transition [B, N, H, 1 or K], the sum of the segment's log-decays (it may be -inf), and state
+        [B, N, H, K, V], what the segment reaches from zeros. Of an empty segment both are 0.
+        """
+        self._keep()
+        states = self._inputs.zero_states()
+        for work in self._kept:
+            _sum_up(work.tile.runs, work.added_states[1:].unbind(0), work.decay.factors.through, states)
+        return self._inputs.decay.log_transition(), self._inputs.by_row(states)
+
+    def local(self) -> None:
+        """Compute what needs no initial state: the outputs from within chunks."""
+        self._keep()
+        for work in self._kept:
+            _ = work.local_out
+
+    def finish(self, initial_state: Tensor | None, *, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The outputs [B, T, H, V], in q's dtype, and the states after each segment [B, N, H, K, V].
+
+        initial_state: [B, N, H, K, V], the states before each segment, or None for zeros.
+        return_state: False spares the states, and returns None for them.
+        """
+        inputs = self._inputs
+        out = inputs.v.new_empty(inputs.v.shape, dtype=inputs.q.dtype)
+        entering = inputs.by_segment(initial_state)
+        leaving = _like(entering, inputs) if return_state else None
+        carried = None
+        for index, tile in enumerate(inputs.chunking.tiles):
+            work = self._kept[index] if self._kept else TileWork(inputs, tile)
+            states = work.added_states
+            _carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
+            carried = states[-1]
+            tile.store(work.out(states[:-1]), out)
+        self._kept = []
+        return out, None if leaving is None else inputs.by_row(leaving)
+
+    def _keep(self) -> None:
+        self._kept = self._kept or [TileWork(self._inputs, tile) for tile in self._inputs.chunking.tiles]
+
+
+class LinearAttentionBackward:
+    """The backward pass. Arguments as of `LinearAttentionForward`; dout [B, T, H, V], the gradient of its outputs."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        offsets: np.ndarray,
+        dout: Tensor,
+        *,
+        scale: float,
+    ) -> None:
+        self._inputs = Inputs(q, k, v, log_decay, offsets, scale=scale, dout=dout)
+        self._kept: list[TileWork] = []
+
+    def summaries(self) -> Tensor:
+        """The gradient of each segment's initial state from its own outputs, [B, N, H, K, V].
+
+        To it comes what the state passes on: exp(log_transition)[..., None] * the gradient of the final state.
+        """
+        self._keep()
+        dstates = self._inputs.zero_states()
+        for work in reversed(self._kept):
+            _sum_up(work.tile.runs, work.added_gradients[:-1].unbind(0), work.decay.factors.through, dstates, step=-1)
+        return self._inputs.by_row(dstates)
+
+    def log_transition(self) -> Tensor:
+        """As the forward pass's, [B, N, H, 1 or K]."""
+        return self._inputs.decay.log_transition()
+
+    def local(self, *, need_decay_gradient: bool) -> None:
+        """Compute what needs no state and no gradient of one: the gradients from within chunks.
+
+        need_decay_gradient: as in the `finish` that follows.
+        """
+        self._keep()
+        for work in self._kept:
+            work.need_decay_gradient = need_decay_gradient
+            _ = work.added_states, work.local_gradients
+
+    def finish(
+        self,
+        initial_state: Tensor | None,
+        dfinal_state: Tensor | None,
+        *,
+        need_decay_gradient: bool,
+        need_state_gradient: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The gradients of q, k, v, log_decay, each like its tensor, and of initial_state [B, N, H, K, V].
+
+        initial_state, dfinal_state: [B, N, H, K, V], the states before each segment and the gradients of those after
+        each, or None for zeros. What is not needed is spared, and None is returned for it.
+        """
+        inputs, tiles = self._inputs, self._inputs.chunking.tiles
+        entering, dleaving = inputs.by_segment(initial_state), inputs.by_segment(dfinal_state)
+        dentering = _like(dleaving, inputs) if need_state_gradient else None
+        results = [x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v)]
+        if need_decay_gradient:
+            results.append(inputs.decay.empty_gradient())
+        states = self._states(entering)
+        carried = None
+        for tile in reversed(tiles):
+            work = self._kept.pop() if self._kept else TileWork(inputs, tile)
+            work.need_decay_gradient = need_decay_gradient
+            dstates = work.added_gradients
+            _carry_backward(work, dstates, carried=carried, dleaving=dleaving, dentering=dentering)
+            carried = dstates[0]
+            for gradient, x in zip(work.gradients(states.pop()[:-1], dstates[1:]), results, strict=False):
+                tile.store(gradient, x)
+        dlog_decay = inputs.decay.own_shape(results.pop()) if need_decay_gradient else None
+        dq, dk, dv = results
+        return dq, dk, dv, dlog_decay, None if dentering is None else inputs.by_row(dentering)
+
+    def _states(self, entering: Tensor | None) -> list[Tensor]:
+        """For each tile the states before each of its chunks and after the last, [m + 1, H, K, V]."""
+        result: list[Tensor] = []
+        for index, tile in enumerate(self._inputs.chunking.tiles):
+            work = self._kept[index] if self._kept else TileWork(self._inputs, tile)
+            carried = result[-1][-1] if result else None
+            _carry_forward(work, work.added_states, carried=carried, entering=entering, leaving=None)
+            result.append(work.added_states)
+        return result
+
+    def _keep(self) -> None:
+        self._kept = self._kept or [TileWork(self._inputs, tile) for tile in self._inputs.chunking.tiles]
+
+
+def _like(states: Tensor | None, inputs: Inputs) -> Tensor:
+    """What an empty segment passes through: a copy of the given states, or zeros."""
+    return inputs.zero_states() if states is None else states.clone()
+
+
+def _sum_up(
+    runs: Sequence[Run],
+    added: Sequence[Tensor],
+    through: Sequence[Tensor] | None,
+    states: Tensor,
+    *,
+    step: Literal[1, -1] = 1,
+) -> None:
+    """states[segment] <- through * states[segment] + added for one chunk after another; step -1: from the last one."""
+    for run in runs[::step]:
+        state = states[run.segment]
+        for i in range(run.chunk, run.stop)[::step]:
+            if through is None:
+                state.add_(added[i])
+            else:
+                torch.addcmul(added[i], state, through[i], out=state)
+
+
+def _carry_forward(
+    work: TileWork, states: Tensor, *, carried: Tensor | None, entering: Tensor | None, leaving: Tensor | None
+) -> None:
+    """Turn what each chunk adds, in 1 ... m of `states` [m + 1, H, K, V], into the states before and after each chunk.
+
+    carried: the last state of the tile before, [H, K, V], for a segment that goes on. entering, leaving [B * N, H, K, V]:
+    the states before each segment (None: zeros) and, written here, those after each (None: not asked for).
+    """
+    rows, through = states.unbind(0), work.decay.factors.through
+    for run in work.tile.runs:
+        # Row i is the state before chunk i and after chunk i - 1: what a segment leaves is handed over before it is lost.
+        given = _given(entering, run.segment) if run.first else carried
+        _set(rows[run.chunk], given)
+        for i in range(run.chunk + (given is None), run.stop):
+            _add(rows[i + 1], rows[i], through and through[i])
+        if run.last and leaving is not None:
+            leaving[run.segment].copy_(rows[run.stop])
+
+
+def _carry_backward(
+    work: TileWork, dstates: Tensor, *, carried: Tensor | None, dleaving: Tensor | None, dentering: Tensor | None
+) -> None:
+    """`_carry_forward` for gradients, from the last chunk to the first: chunks add in 0 ... m-1 of `dstates`."""
+    rows, through = dstates.unbind(0), work.decay.factors.through
+    for run in reversed(work.tile.runs):
+        given = _given(dleaving, run.segment) if run.last else carried
+        _set(rows[run.stop], given)
+        for i in reversed(range(run.chunk, run.stop - (given is None))):
+            _add(rows[i], rows[i + 1], through and through[i])
+        if run.first and dentering is not None:
+            dentering[run.segment].copy_(rows[run.chunk])
+
+
+def _given(states: Tensor | None, segment: int) -> Tensor | None:
+    return None if states is None else states[segment]
+
+
+def _set(row: Tensor, state: Tensor | None) -> None:
+    if state is None:
+        row.zero_()
+    else:
+        row.copy_(state)
+
+
+def _add(target: Tensor, source: Tensor, factor: Tensor | None) -> None:
+    if factor is None:
+        target.add_(source)
+    else:
+        target.addcmul_(source, factor)

@@ -1,0 +1,1 @@
+"""Starting runs: on this machine, and the entry points of benchmarks."""

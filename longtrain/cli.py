@@ -1,0 +1,138 @@
+"""The command `longtrain`.
+
+Torch is imported only by the commands that need it, so `longtrain --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtrain import __version__
+from longtrain.errors import UsageError, text_of
+
+EXAMPLES = """\
+examples:
+  longtrain train quickstart                      train a recipe, on all GPUs or on the CPU
+  longtrain train quickstart trainer.steps=100    change any key of the recipe
+  longtrain train quickstart data=text data.path=notes/ data.length=8192
+  longtrain train quickstart resume=runs/quickstart-20260131-120000
+  longtrain eval runs/quickstart-20260131-120000  held-out loss of the newest checkpoint
+  longtrain generate runs/quickstart-20260131-120000 --prompt "def "
+  longtrain bench training quickstart             speed beside a bare PyTorch loop
+
+longtrain/recipes/base.yaml lists every key with its unit and reason. Across machines, start the same entry with
+torchrun: torchrun --nproc_per_node 8 -m longtrain.train --config-name quickstart key=value
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for what the user can mend, 1 for other failures."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UsageError as error:
+        sys.stderr.write(text_of(error, environment=os.environ))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longtrain",
+        description="Train models on sequences longer than one device can hold.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples' lines
+    )
+    parser.add_argument("--version", action="version", version=f"longtrain {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a recipe on this machine", description=_train.__doc__)
+    _add_recipe(train)
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="held-out loss of a run", description=_evaluate.__doc__)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    evaluate.add_argument("--sequences", type=int, metavar="N", help="held-out sequences; default: the recipe's")
+    evaluate.set_defaults(command=_evaluate)
+
+    generate = commands.add_parser("generate", help="text from a run", description=_generate.__doc__)
+    generate.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: the start of a document")
+    generate.add_argument("--tokens", type=int, metavar="N", help="at most so many new tokens")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    generate.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    generate.set_defaults(command=_generate)
+
+    bench = commands.add_parser("bench", help="measure", description="Benchmarks on this machine.")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    training = kinds.add_parser("training", help="a recipe's speed", description=_bench_training.__doc__)
+    _add_recipe(training)
+    training.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each side (default 3)")
+    training.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default 10)")
+    training.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
+    training.set_defaults(command=_bench_training)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Check a recipe, start one process per GPU (on CPU: launch.processes), and train."""
+    from longtrain import run_folder
+    from longtrain.config import compose, degrees
+    from longtrain.launch.local import processes_for, quoted_override, run_ranks, train_command
+
+    recipe = compose(arguments.recipe, arguments.overrides)
+    processes = processes_for(recipe)
+    degrees(recipe, processes)  # refuses what does not fit these processes before they start
+    overrides = list(arguments.overrides)
+    if recipe.resume is not None:
+        run_dir = run_folder.open_existing(Path(recipe.resume))
+    else:
+        run_dir = run_folder.default_name(recipe.recipe) if recipe.run_dir is None else Path(recipe.run_dir)
+        overrides.append(quoted_override("run_dir", str(run_dir)))
+    command = train_command(["--config-name", arguments.recipe, *overrides])
+    return run_ranks(command, processes=processes, logs=run_dir / "logs")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a run's newest checkpoint on held-out text, on as many processes as the run would get here."""
+    from longtrain.launch.local import processes_for, run_ranks
+    from longtrain.train import load_recipe
+
+    command = [sys.executable, "-m", "longtrain.evaluation", str(arguments.run)]
+    if arguments.sequences is not None:
+        command += ["--sequences", str(arguments.sequences)]
+    processes = processes_for(load_recipe(arguments.run))
+    return run_ranks(command, processes=processes, logs=arguments.run / "logs")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    """Print a prompt and what a run's newest checkpoint continues it with."""
+    from longtrain import generation
+
+    command = [str(arguments.run)]
+    for name in ("prompt", "tokens", "temperature", "seed"):
+        value = getattr(arguments, name)
+        if value is not None:
+            command.append(f"--{name}={value}")  # one word, so that a prompt may start with a dash
+    return generation.main(command)
+
+
+def _bench_training(arguments: argparse.Namespace) -> int:
+    """Measure a recipe's training speed beside a bare single-process PyTorch loop of the same model and batch."""
+    from longtrain.launch import benchmark_training
+
+    return benchmark_training.run(
+        arguments.recipe,
+        arguments.overrides,
+        repeats=arguments.repeats,
+        steps=arguments.steps,
+        warm_up=arguments.warm_up,
+    )

@@ -1,0 +1,317 @@
+"""From a recipe's name and the command line's ``key=value`` to one frozen, checked `Recipe`.
+
+Hydra composes the YAML; the dataclasses below (and those beside the code that they configure) say which keys and types
+exist. Whatever cannot work is refused here, in one line, before any process starts.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import longtrain.recipes
+from longtrain.data import DataConfig
+from longtrain.errors import UsageError
+from longtrain.layers.pattern import LayersConfig, nearest, plan_layers, type_name
+from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
+from longtrain.model import ModelConfig
+from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
+from longtrain.parallel.layouts import layout_named
+from longtrain.trainer import PRECISIONS, TrainerConfig
+
+RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
+ENGINES = ("fsdp",)
+STRATEGIES = ("auto", "ring")
+# Any mapping of options is allowed here; the mixers themselves check it.
+FREE = ("layers.mixers",)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks share what."""
+
+    sequence: int | None = None
+    data: int | None = None
+    layout: str = "zigzag"
+    strategy: str = "auto"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How `longtrain train` starts its processes."""
+
+    processes: int | None = None
+    device: str = "auto"
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on. `recipes/base.yaml` says what each key means."""
+
+    recipe: str = ""
+    run_dir: str | None = None
+    resume: str | None = None
+    seed: int = 0
+    engine: str = "fsdp"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with longtrain."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "base")
+
+
+def compose(recipe: str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Compose a recipe by name, or by the path of a YAML file of one's own, and check it.
+
+    Raises:
+        UsageError: one line with the key, what was given and what would work.
+    """
+    folder, name = _find(recipe)
+    checked = [_checked_override(text) for text in overrides]
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            # A recipe outside the package still starts from base.yaml and may use its groups.
+            search_path = [] if folder == RECIPES else [f"hydra.searchpath=[file://{RECIPES}]"]
+            composed = hydra_compose(name, overrides=[*checked, *search_path])
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"recipe {recipe}: {_first_line(error)}") from error
+    composed.recipe = name
+    return from_mapping(composed)
+
+
+def from_mapping(composed: DictConfig) -> Recipe:
+    """Check a composed (or a run folder's saved) configuration and make it a `Recipe`."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    _refuse_unknown(plain, Recipe, "")
+    schema = OmegaConf.structured(Recipe)
+    _make_writable(schema)
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(plain)))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        value, kind = OmegaConf.select(composed, key), _keys(Recipe).get(key)
+        raise UsageError(
+            f"{key}: got {value!r}, expected {type_name(kind) if kind else 'a value of another type'}"
+        ) from error
+    assert isinstance(recipe, Recipe)
+    _check(recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole resolved recipe as YAML, which `from_mapping` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+
+
+def _make_writable(node: DictConfig) -> None:
+    """Frozen dataclasses become read-only nodes, which can't be merged into."""
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        if OmegaConf.is_dict(node[name]):
+            _make_writable(node[name])
+
+
+def _find(recipe: str) -> tuple[Path, str]:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UsageError(f"recipe: no file {recipe}")
+        return path.resolve().parent, path.stem
+    if not (RECIPES / f"{recipe}.yaml").is_file():
+        names = recipe_names()
+        raise UsageError(
+            f"recipe: no {recipe!r}{nearest(recipe, names)}; there are {', '.join(names)}, or a .yaml file"
+        )
+    return RECIPES, recipe
+
+
+def _checked_override(text: str) -> str:
+    """The override for Hydra, after a look at its key: Hydra's own messages don't name what would work."""
+    text = _with_quotes(text)
+    try:
+        override: Override = OverridesParser.create().parse_overrides([text])[0]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"{text}: expected key=value, such as trainer.steps=100") from error
+    key = str(override.key_or_group)
+    if override.is_sweep_override():
+        raise UsageError(f"{key}: got {text!r}, several values at once; give one (quote text that holds a comma)")
+    if override.is_delete():
+        raise UsageError(f"{text}: keys can't be removed; give another value")
+    if (RECIPES / key).is_dir():
+        choices = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
+        if override.value() not in choices:
+            given = str(override.value())
+            raise UsageError(f"{key}: no {given!r}{nearest(given, choices)}; there are {', '.join(choices)}")
+        return text.lstrip("+")
+    if not any(key.startswith(f"{free}.") for free in FREE) and key not in _keys(Recipe):
+        raise _no_such_key(key)
+    # Options of mixers are not in base.yaml, so they are added rather than replaced.
+    return "++" + text.lstrip("+")
+
+
+def _with_quotes(text: str) -> str:
+    """Quote a value that is text: a path may hold what Hydra's grammar gives a meaning (``=``, brackets, commas)."""
+    key, equals, value = text.partition("=")
+    if _keys(Recipe).get(key.lstrip("+")) not in (str, str | None) or not equals or value in ("", "null"):
+        return text
+    if value[0] == value[-1] and value[0] in "'\"":
+        return text
+    quoted = value.replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
+def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Every key of a tree of dataclasses with its type."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= _keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = hint
+    return keys
+
+
+def _no_such_key(key: str) -> UsageError:
+    below = [known for known in _keys(Recipe) if known.startswith(f"{key}.")]
+    if below:
+        return UsageError(f"{key}: is a section, give a key below it: {', '.join(below)}")
+    return UsageError(f"{key}: no such key{nearest(key, _keys(Recipe))}; longtrain/recipes/base.yaml lists all keys")
+
+
+def _refuse_unknown(given: dict[Any, Any], kind: type, prefix: str) -> None:
+    hints = typing.get_type_hints(kind)
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name == "_target_":
+            raise UsageError(f"{key}: recipes can't name Python objects to import; remove it")
+        if name not in hints:
+            raise _no_such_key(key)
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                below = ", ".join(f"{key}.{part}" for part in typing.get_type_hints(hints[name]))
+                raise UsageError(f"{key}: got {value!r}, expected keys below it: {below}")
+            _refuse_unknown(value, typing.cast(type, hints[name]), f"{key}.")
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what has the right type and still cannot work."""
+    _at_least("seed", recipe.seed, 0)
+    _one_of("engine", recipe.engine, ENGINES)
+    _one_of("memory.recompute", recipe.memory.recompute, RECOMPUTE_POLICIES)
+    _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
+    _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
+    _one_of("launch.device", recipe.launch.device, ("auto", "cpu", "cuda"))
+    _one_of("data.source", recipe.data.source, ("stdlib", "text"))
+    _at_least("data.length", recipe.data.length, 1)
+    if not 0 < recipe.data.held_out < 1:
+        raise UsageError(f"data.held_out: got {recipe.data.held_out}, expected a share between 0 and 1, such as 0.1")
+    _at_least("model.width", recipe.model.width, 1)
+    _at_least("model.depth", recipe.model.depth, 1)
+    _at_least("launch.timeout", recipe.launch.timeout, 1)
+    for key in ("model.mlp_width", "parallel.sequence", "parallel.data", "launch.processes"):
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value is not None:
+            _at_least(key, value, 1)
+    _check_trainer(recipe.trainer)
+    check_optimizer(recipe.optimizer, recipe.schedule)
+    try:
+        layout_named(recipe.parallel.layout)
+    except ValueError as error:
+        raise UsageError(f"parallel.{error}") from error
+    try:
+        plan_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if recipe.data.source == "text" and recipe.data.path is None:
+        raise UsageError(
+            "data.path: got null, data=text needs a folder or a glob of text files, such as data.path=notes/"
+        )
+    if recipe.data.source != "text" and recipe.data.path is not None:
+        raise UsageError(f"data.path: got {recipe.data.path!r}, only data=text reads it; add data=text")
+    if recipe.launch.processes is not None:
+        degrees(recipe, recipe.launch.processes)
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    _at_least("trainer.steps", trainer.steps, 1)
+    _at_least("trainer.sequences", trainer.sequences, 1)
+    _at_least("trainer.accumulation", trainer.accumulation, 1)
+    _at_least("trainer.evaluate_every", trainer.evaluate_every, 0)
+    _at_least("trainer.evaluate_sequences", trainer.evaluate_sequences, 1)
+    _at_least("trainer.checkpoint_every", trainer.checkpoint_every, 0)
+    _at_least("trainer.keep_checkpoints", trainer.keep_checkpoints, 1)
+    if not trainer.clip > 0:
+        raise UsageError(f"trainer.clip: got {trainer.clip}, expected a norm above 0 (.inf: no clipping)")
+
+
+def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """(data, sequence) degrees for this many processes; null ones are worked out.
+
+    Raises:
+        UsageError: the degrees do not fit the processes, or the step's sequences do not fit the degrees.
+    """
+    data, sequence = recipe.parallel.data, recipe.parallel.sequence
+    for key, degree in (("parallel.sequence", sequence), ("parallel.data", data)):
+        if degree is not None and processes % degree:
+            fits = [str(n) for n in range(1, processes + 1) if processes % n == 0]
+            raise UsageError(
+                f"{key}: got {degree}, it must divide the {processes} processes (launch.processes): {', '.join(fits)}"
+            )
+    if sequence is None:
+        sequence = processes // (data or 1)
+    if data is None:
+        data = processes // sequence
+    if data * sequence != processes:
+        raise UsageError(
+            f"parallel.data: got {data} x parallel.sequence = {sequence}, that is {data * sequence} and not the "
+            f"{processes} processes; parallel.data={processes // sequence} would work"
+        )
+    micro = data * recipe.trainer.accumulation
+    if recipe.trainer.sequences % micro:
+        raise UsageError(
+            f"trainer.sequences: got {recipe.trainer.sequences}, it must be a multiple of data degree x "
+            f"trainer.accumulation = {data} x {recipe.trainer.accumulation}; trainer.sequences="
+            f"{math.ceil(recipe.trainer.sequences / micro) * micro} would work"
+        )
+    return data, sequence
+
+
+def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{key}: got {value!r}{nearest(value, allowed)}, expected one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UsageError(f"{key}: got {value}, expected {least} or more")
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of another library's message, or all of a YAML error, which tells the place in its later lines."""
+    return str(error).strip() if isinstance(error, YAMLError) else str(error).strip().split("\n")[0]

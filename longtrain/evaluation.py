@@ -1,0 +1,57 @@
+"""`longtrain eval`: the held-out loss of a run's newest checkpoint, started like the training entry."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtrain import plots
+from longtrain.config import Recipe
+from longtrain.data import build_data
+from longtrain.errors import UsageError, report_failure
+from longtrain.train import Processes, build_trainer, everywhere, joined, load_recipe, restore
+from longtrain.trainer import Evaluation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one process of an evaluation; 0, or 2 for what the user can mend, or 1."""
+    parser = argparse.ArgumentParser(prog="python -m longtrain.evaluation", description="Held-out loss of a run.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--sequences", type=int, help="held-out sequences; default: the recipe's")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by deepspeed's launcher; not needed")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.run)
+        sequences = recipe.trainer.evaluate_sequences if arguments.sequences is None else arguments.sequences
+        if sequences < 1:
+            raise UsageError(f"--sequences: got {sequences}, expected 1 or more")
+        with joined(recipe) as processes:
+            evaluation, step = evaluate(recipe, processes, arguments.run, sequences)
+            if processes.first:
+                _report(arguments.run, evaluation, step)
+    except Exception as error:
+        return report_failure(error, environment=os.environ, on_all_ranks=isinstance(error, UsageError))
+    return 0
+
+
+def evaluate(recipe: Recipe, processes: Processes, run_dir: Path, sequences: int) -> tuple[Evaluation, int]:
+    """Evaluate the newest checkpoint; returns the evaluation and the checkpoint's step."""
+    training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
+    trainer = build_trainer(recipe, processes, training)
+    everywhere(lambda: restore(trainer, run_dir))
+    return trainer.evaluate(held_out, sequences), trainer.step
+
+
+def _report(run_dir: Path, evaluation: Evaluation, step: int) -> None:
+    picture = run_dir / "loss_by_position.png"
+    plots.plot_loss_by_position(*evaluation.by_position(), picture)
+    result = {"step": step, "held_out_loss": evaluation.loss, "tokens": int(evaluation.counts.sum())}
+    (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"step {step}: held-out loss {evaluation.loss:.4f} nats per token, {result['tokens']:,} tokens")
+    print(f"by position in the document: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

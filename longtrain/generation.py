@@ -1,0 +1,92 @@
+"""`longtrain generate`: text from a run's newest checkpoint, on one process."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from longtrain import checkpoint
+from longtrain.data import BOUNDARY, VOCABULARY, decode, encode
+from longtrain.errors import UsageError, report_failure
+from longtrain.model import Decoder
+from longtrain.parallel import SequenceShard
+from longtrain.train import load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a prompt and what the model continues it with; 0, or 2 for what the user can mend, or 1."""
+    parser = argparse.ArgumentParser(prog="longtrain generate", description="Text from a run's newest checkpoint.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
+    parser.add_argument("--tokens", type=int, default=200, help="at most so many new tokens (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default 0.7)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.tokens < 1 or arguments.temperature < 0:
+            raise UsageError("--tokens must be 1 or more and --temperature 0 or more")
+        model, length = load_model(arguments.run)
+        sys.stdout.write(arguments.prompt)
+        tokens = generate(
+            model,
+            np.concatenate([[BOUNDARY], encode(arguments.prompt)]),
+            tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            context=length,
+        )
+        # Decoded as one text at the end: a character may take several tokens.
+        print(decode(np.array(list(tokens), dtype=np.int64)))
+    except Exception as error:
+        return report_failure(error, environment=os.environ)
+    return 0
+
+
+def load_model(run_dir: Path) -> tuple[Decoder, int]:
+    """The model of a run's newest checkpoint, whole and in evaluation mode, and the length it was trained on."""
+    recipe = load_recipe(run_dir)
+    folder = checkpoint.latest(run_dir)
+    if folder is None:
+        raise UsageError(f"run: {run_dir} has no checkpoint yet")
+    model = Decoder(recipe.model, recipe.layers, vocabulary=VOCABULARY)
+    weights = checkpoint.read_tensors(folder, prefix="model.")
+    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if recipe.model.tie_embedding:
+        state["head.weight"] = state["embedding.weight"]
+    model.load_state_dict(state)
+    return model.eval(), recipe.data.length
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompt: np.ndarray, *, tokens: int, temperature: float, seed: int, context: int
+) -> Iterator[int]:
+    """Yield new tokens until the document ends or ``tokens`` are made.
+
+    Every token runs the model on the whole text so far (its last ``context`` tokens): right for every mixer, and
+    quadratic in the text's length.
+
+    Args:
+        prompt: int64 ``[n]``, n >= 1.
+        temperature: divides the logits; 0 takes the likeliest token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.as_tensor(prompt, dtype=torch.int64)[-context:]
+    for _ in range(tokens):
+        logits = model(text[None], SequenceShard(length=len(text), group=None, layout="contiguous"))[0, -1].float()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == BOUNDARY:
+            return
+        yield token
+        text = torch.cat((text, torch.tensor([token])))[-context:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Lightning attention: linear attention with a fixed decay per head, gated output and its own norm."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longtrain.layers.mixers.base import LayerPlace, RecurrentMixer
+from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
+
+
+@dataclass(frozen=True)
+class LightningConfig:
+    """Options of the lightning mixer."""
+
+    heads: int = 8  # H
+    head_width: int | None = None  # K and V; None: width / heads
+
+    def key_width(self, width: int) -> int:
+        return width // self.heads if self.head_width is None else self.head_width
+
+
+def head_log_decays(heads: int, place: LayerPlace) -> Tensor:
+    """Log-decay of each head, ``[H]`` float32, all below 0: from short memory to long, longer in deeper layers.
+
+    ``-2^(-8 h / H) * (1 - l / (L - 1) + 1e-5)`` for h = 1 ... H and layer l of L: the slopes of "Train Short, Test
+    Long" scaled by depth, as the authors' code of "Scaling TransNormer to 175 Billion Parameters" (section 3.1.2,
+    where the same idea is written with linear slopes) sets them. The last layer practically does not forget.
+    """
+    head = torch.arange(1, heads + 1, dtype=torch.float64)
+    depth_factor = 1 - place.index / max(place.depth - 1, 1) + 1e-5
+    return (-(2.0 ** (-8 * head / heads)) * depth_factor).float()
+
+
+class LightningMixer(RecurrentMixer):
+    """``y = W_o (norm(o) * sigmoid(W_g x))`` with ``S_t = lambda S_{t-1} + k_t v_t^T``, ``o_t = q_t S_t``.
+
+    q and k pass through SiLU and are not rotated: the decay carries position. "Scaling TransNormer to 175 Billion
+    Parameters" (gated linear attention with its own simple RMS norm, equations 4 to 6) and "Various Lengths, Constant
+    Speed: Efficient Language Modeling with Lightning Attention" (equations 3 to 8). Time and memory per token do not
+    grow with the sequence.
+    """
+
+    name: ClassVar[str] = "lightning"
+    Config: ClassVar[type[LightningConfig]] = LightningConfig
+    log_decay: Tensor
+
+    @classmethod
+    def check(cls, config: LightningConfig, place: LayerPlace) -> None:
+        if config.heads < 1:
+            raise ValueError(f"heads: got {config.heads}, it must be at least 1")
+        if config.head_width is None and place.width % config.heads:
+            raise ValueError(f"heads: got {config.heads}, it must divide model.width = {place.width}")
+
+    def __init__(self, config: LightningConfig, place: LayerPlace) -> None:
+        super().__init__(config, place)
+        self.check(config, place)
+        self.key_width = config.key_width(place.width)
+        inner = config.heads * self.key_width
+        self.qkvg = nn.Linear(place.width, 4 * inner, bias=False)
+        self.out = nn.Linear(inner, place.width, bias=False)
+        self.register_buffer("log_decay", head_log_decays(config.heads, place), persistent=False)
+
+    def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
+        q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
+        q, k, v = (z.unflatten(-1, (-1, self.key_width)) for z in (F.silu(q), F.silu(k), v))
+        o, _ = sequence_parallel_linear_attention(q, k, v, self.log_decay, shard)
+        o = F.rms_norm(o.flatten(2), (gate.shape[-1],), eps=1e-6)
+        return self.out(o * torch.sigmoid(gate))

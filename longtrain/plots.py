@@ -1,0 +1,110 @@
+"""Pictures of a run, as PNG files: loss over the steps, and held-out loss by position in the document.
+
+Matplotlib is imported when a picture is drawn, without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from longtrain.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart in grey and with colour-blind eyes.
+_BLUE, _RED, _GREY = "#33658a", "#d1495b", "#8d99ae"
+
+
+def plot_loss(metrics_path: Path, png_path: Path) -> None:
+    """Draw the training loss of every step, its running mean, and the held-out losses, from a metrics.jsonl."""
+    records = read_metrics(metrics_path)
+    steps = np.array([record["step"] for record in records], dtype=np.float64)
+    losses = _numbers([record.get("loss") for record in records])
+    held_out = _numbers([record.get("held_out_loss") for record in records])
+
+    figure = _figure(height=4.0)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color=_GREY, alpha=0.45, linewidth=0.8, label="training, each step")
+    axes.plot(steps, _running_mean(losses), color=_BLUE, linewidth=1.8, label="training, running mean")
+    there = np.isfinite(held_out)
+    axes.plot(steps[there], held_out[there], "o-", color=_RED, markersize=4.5, linewidth=1.0, label="held out")
+    _dress(axes, title="Loss", x="step", y="nats per token")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    figure.savefig(png_path)
+
+
+def plot_loss_by_position(
+    positions: Sequence[int], losses: Sequence[float], counts: Sequence[int], png_path: Path
+) -> None:
+    """Draw the held-out loss over the position in the document, and how many tokens stand behind each value.
+
+    positions [N]: the lowest position in each bucket, rising, counted from 0.
+    losses [N]: mean loss of the bucket's tokens, nats; NaN where there is none. counts [N]: its tokens.
+    What a model makes of a long document shows here: the line falls as long as more text still helps.
+    """
+    low = np.asarray(positions, dtype=np.float64) + 1  # counted from 1, because zero has no place on this axis
+    # A bucket ends where the next begins; the last one is taken to be as wide as the one before it.
+    ratio = low[-1] / low[-2] if len(low) > 1 else 2.0
+    edges = np.append(low, low[-1] * ratio)
+    tokens = np.asarray(counts, dtype=np.float64)
+    values = np.where(tokens > 0, np.asarray(losses, dtype=np.float64), np.nan)
+    middles = np.sqrt(edges[:-1] * (edges[1:] - 1))  # between a bucket's first and last position, on this axis
+
+    figure = _figure(height=5.0)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    there = np.isfinite(values)
+    above.plot(middles[there], values[there], "o-", color=_BLUE, markersize=4.5, linewidth=1.8)
+    _dress(above, title="Held-out loss by position in the document", x="", y="nats per token")
+    below.bar(edges[:-1] - 0.5, tokens, width=np.diff(edges), align="edge", color=_GREY, alpha=0.7, edgecolor="white")
+    _dress(below, title="", x="position in the document, tokens from its start", y="tokens")
+    below.set_xscale("log", base=2)
+    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    below.set_yscale("log")
+    below.set_ylim(bottom=0.8)
+    below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.align_ylabels()
+    figure.savefig(png_path)
+
+
+def _figure(*, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, *, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a fortieth of the run, centred on each step so that it does not lag, down to half of that at the ends.
+
+    What is not finite is left out; where nothing else is near there is a gap.
+    """
+    there = np.isfinite(values)
+    sums = np.append(0.0, np.cumsum(np.where(there, values, 0.0)))
+    counts = np.append(0, np.cumsum(there))
+    place = np.arange(len(values))
+    reach = np.clip(np.minimum(place, place[::-1]), len(values) // 160, len(values) // 80)
+    first, stop = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return (sums[stop] - sums[first]) / (counts[stop] - counts[first])

@@ -1,0 +1,242 @@
+"""The training loop: what one step is, and what a run remembers. It knows no mixer and no recipe.
+
+One step takes ``sequences`` sequences. Each data rank takes its part of them in ``accumulation`` micro-batches; a
+micro-batch is one or more sequences packed end to end, spread over the ranks of the sequence group by one
+`SequenceShard`. The loss is the sum over all valid tokens of the step divided by their number, whoever holds them, so
+it does not depend on how the step is cut.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from longtrain.data import IGNORE, PackedSequences
+from longtrain.optimizer import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    learning_rate_factor,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from longtrain.parallel import SequenceShard
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop's own settings."""
+
+    steps: int = 1000
+    sequences: int = 1
+    accumulation: int = 1
+    clip: float = 1.0
+    precision: str = "float32"
+    evaluate_every: int = 0
+    evaluate_sequences: int = 8
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's tokens of one packed sequence."""
+
+    tokens: Tensor  # [1, T_w] int64
+    labels: Tensor  # [1, T_w] int64, IGNORE where there is nothing to predict
+    shard: SequenceShard
+    valid: int  # labels to predict in the whole sequence, not only here
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports."""
+
+    step: int
+    loss: float  # nats per valid token of the step
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # tokens of the step, over all ranks
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss, overall and by the token's position in its document."""
+
+    loss: float  # nats per token
+    positions: np.ndarray  # [n] lowest position of each bucket
+    losses: np.ndarray  # [n] mean loss in the bucket, nan where it is empty
+    counts: np.ndarray  # [n] tokens in the bucket
+
+    def by_position(self) -> tuple[list[int], list[float], list[int]]:
+        """Positions, losses and counts as plain numbers."""
+        return self.positions.tolist(), self.losses.tolist(), self.counts.astype(int).tolist()
+
+
+class Trainer:
+    """Trains a model on packed sequences over a (data, sequence) mesh.
+
+    Args:
+        model: maps ``(tokens, shard, labels)`` to the loss of each token, ``[1, T_w]``.
+        blocks: the parts of the model whose weights are gathered one at a time; empty: all at once.
+        data: training sequences; `position` counts how many have been used.
+        mesh: a DeviceMesh with dimensions "data" and "sequence" over all ranks.
+        layout: how each sequence is spread over the sequence group.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        data: PackedSequences,
+        mesh: DeviceMesh,
+        layout: str,
+        blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.config, self.schedule, self.peak_rate = config, schedule, optimizer.learning_rate
+        self.data, self.layout = data, layout
+        self.device = torch.device(mesh.device_type)
+        self.data_group, self.data_rank = mesh.get_group("data"), mesh.get_local_rank("data")
+        self.sequence_group = mesh.get_group("sequence")
+        self.data_degree, self.world = mesh["data"].size(), mesh.size()
+        self.model = _shard_weights(model, blocks, mesh, PRECISIONS[config.precision])
+        self.optimizer = build_optimizer(optimizer, self.model)
+        self.step = 0
+        self.position = 0  # sequences of `data` used so far
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over the next ``sequences`` sequences."""
+        start = time.perf_counter()
+        micro_batches = [self.micro_batch(self.data, indices) for indices in self._step_indices()]
+        valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            cast(FSDPModule, self.model).set_requires_gradient_sync(number == len(micro_batches))
+            loss = self.model(batch.tokens, batch.shard, batch.labels).sum()
+            # fully_shard averages over ranks; the loss is a sum over them.
+            (loss * (self.world / max(valid, 1))).backward()
+            total += loss.detach()
+        norm = self._clip()
+        self.step += 1
+        rate = self.peak_rate * learning_rate_factor(self.schedule, self.step, self.config.steps)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position += self.config.sequences
+        dist.all_reduce(total)
+        return StepResult(
+            step=self.step,
+            loss=float(total) / max(valid, 1),
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=self.config.sequences * self.data.length,
+            seconds=time.perf_counter() - start,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data: PackedSequences, sequences: int) -> Evaluation:
+        """Loss on the first ``sequences`` sequences of ``data`` (all of them where there are fewer)."""
+        edges = position_buckets(data.length)
+        sums = torch.zeros(2, len(edges), dtype=torch.float64, device=self.device)
+        lower = torch.from_numpy(edges).to(self.device)
+        for first in range(0, min(sequences, len(data)), self.data_degree):
+            # Ranks without a sequence of their own repeat one, uncounted: every rank must join the weights' gathering.
+            mine = first + self.data_rank
+            counted = mine < min(sequences, len(data))
+            batch = self.micro_batch(data, [mine if counted else first])
+            losses = self.model(batch.tokens, batch.shard, batch.labels).double()
+            if not counted:
+                continue
+            positions = batch.shard.document_positions.to(self.device)
+            bucket = torch.bucketize(positions, lower, right=True) - 1
+            sums[0].index_add_(0, bucket, losses[0])
+            sums[1].index_add_(0, bucket, (batch.labels[0] != IGNORE).double())
+        dist.all_reduce(sums)
+        total, counts = sums.cpu().numpy()
+        with np.errstate(invalid="ignore"):
+            return Evaluation(float(total.sum() / max(counts.sum(), 1)), edges, total / counts, counts)
+
+    def micro_batch(self, data: PackedSequences, indices: list[int]) -> MicroBatch:
+        """This rank's part of some sequences packed end to end. Labels are made before sharding: they cannot shift."""
+        packed = [data.sequence(index) for index in indices]
+        tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in packed]))[None]
+        labels = torch.from_numpy(np.concatenate([sequence.labels for sequence in packed]))[None]
+        starts = [sequence.cu_seqlens[:-1] + n * data.length for n, sequence in enumerate(packed)]
+        cu_seqlens = np.concatenate([*starts, [tokens.shape[1]]])
+        shard = SequenceShard(
+            length=tokens.shape[1],
+            group=self.sequence_group,
+            layout=self.layout,
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+        )
+        return MicroBatch(
+            tokens=shard.split(tokens, dim=1).to(self.device),
+            labels=shard.split(labels, dim=1).to(self.device),
+            shard=shard,
+            valid=int((labels != IGNORE).sum()),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, by name: weights and optimizer state."""
+        weights: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        return weights | optimizer_tensors(self.optimizer, self.model)
+
+    def numbers(self) -> dict[str, int]:
+        """Everything else that a checkpoint holds. Data and schedule are pure functions of these."""
+        return {"step": self.step, "position": self.position}
+
+    def restore(self, numbers: dict[str, int]) -> None:
+        self.step, self.position = numbers["step"], numbers["position"]
+
+    def _step_indices(self) -> list[list[int]]:
+        """The sequences of each of this rank's micro-batches; the step as a whole is the same for any cut."""
+        each = self.config.sequences // (self.data_degree * self.config.accumulation)
+        first = self.position + self.data_rank * each * self.config.accumulation
+        return [list(range(first + n * each, first + (n + 1) * each)) for n in range(self.config.accumulation)]
+
+    def _sum_over_data_ranks(self, count: int) -> int:
+        if self.data_degree == 1:
+            return count
+        # On the host's side of the mesh: the count must not wait for the device.
+        total = torch.tensor(count, dtype=torch.int64, device=self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return int(total)
+
+    def _clip(self) -> float:
+        largest = self.config.clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest if math.isfinite(largest) else 1e30)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def position_buckets(length: int) -> np.ndarray:
+    """Lowest positions of half-octave buckets over 0 ... length - 1, int64: 0, 1, 2, 3, 4, 6, 8, 11, 16 ..."""
+    powers = np.arange(0, 2 * math.log2(max(length, 2)) + 1)
+    edges = np.unique(np.concatenate([[0], np.round(2 ** (powers / 2))]).astype(np.int64))
+    return edges[edges < max(length, 1)]
+
+
+def _shard_weights(
+    model: nn.Module, blocks: Iterator[nn.Module] | tuple[nn.Module, ...], mesh: DeviceMesh, compute: torch.dtype
+) -> nn.Module:
+    """Spread weights, gradients and optimizer state over all ranks, data and sequence alike."""
+    everyone = mesh._flatten("everyone") if mesh.ndim > 1 else mesh
+    policy = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=everyone, mp_policy=policy)
+    fully_shard(model, mesh=everyone, mp_policy=policy, reshard_after_forward=False)
+    return model

@@ -1,0 +1,240 @@
+"""Layouts: which token positions of a sequence each rank holds.
+
+A layout names, for every rank, runs of consecutive positions. Each rank keeps its tokens in increasing position,
+whatever the layout; that is what makes every mask one interval of keys per query (`longtrain.kernels.intervals`).
+A layout of your own is a class with the one method `runs` (the others are there, and faster in closed form):
+
+    class LastFirst(Layout):                   # the ranks in reverse order
+        def runs(self, rank, world, length, cu_seqlens):
+            chunk = world - 1 - rank
+            return np.array([[chunk * length // world, (chunk + 1) * length // world]])   # [n, 2] int64
+
+Letters: T tokens of the whole sequence (`length`), W ranks that share it (`world`). Cuts are balanced: cut i of n lies
+at i*T//n, so parts differ by at most one token, and any T and W work, T < W (empty shards) included.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+
+class Layout(ABC):
+    """Which positions each rank holds: a few lines, made into shards by `SequenceShard`.
+
+    Every position belongs to exactly one rank (checked when a shard is made). All ranks must come to the same answer
+    from the same arguments: no random numbers without a fixed seed, no dependence on the process.
+    """
+
+    name: str
+    """The name in messages and recipes (the class's own name unless set); ranks that share a sequence agree on it."""
+
+    long_segments: bool = False
+    """Whether a rank holds few, long runs of consecutive tokens, which the scans of linear mixers need."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    @abstractmethod
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        """The positions of `rank` as runs [start, stop): int64 [n, 2], increasing and disjoint.
+
+        cu_seqlens: int64 [N+1], document boundaries from 0 to `length`; a layout may cut by documents.
+        """
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        """The number of tokens of `rank` before each position: int64, shaped as `positions` (each in 0 ... length).
+
+        Here it is found by searching the runs; layouts that can count in closed form override it.
+        """
+        return count_in_runs(positions, self.runs(rank, world, length, cu_seqlens))
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        """The rank that holds each position: int64, shaped as `positions`. Found by searching the runs of all ranks."""
+        held = [self.runs(rank, world, length, cu_seqlens) for rank in range(world)]
+        ranks = np.repeat(np.arange(world), [len(runs) for runs in held])
+        starts, stops = np.concatenate(held).T
+        order = np.flatnonzero(starts < stops)  # an empty run may start where another rank's run does
+        order = order[np.argsort(starts[order])]
+        return ranks[order][np.searchsorted(starts[order], positions, side="right") - 1]
+
+
+@dataclass(frozen=True)
+class Contiguous(Layout):
+    """Rank r holds one run, from r*T//W to (r+1)*T//W. Simple; unbalanced under a causal mask."""
+
+    name = "contiguous"
+    long_segments = True
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return np.array([[_cut(rank, world, length), _cut(rank + 1, world, length)]], dtype=np.int64)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return _count_chunk(positions, rank, world, length)
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return _chunk_of(positions, world, length)
+
+
+@dataclass(frozen=True)
+class Zigzag(Layout):
+    """The sequence in 2W chunks; rank r holds chunks r and 2W-1-r, one early and one late.
+
+    Under a causal mask over one long document every rank has the same work in every ring step. It keeps two long
+    runs, so linear mixers can run on it too.
+    """
+
+    name = "zigzag"
+    long_segments = True
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        chunks = 2 * world
+        first, last = rank, chunks - 1 - rank
+        return np.array(
+            [[_cut(chunk, chunks, length), _cut(chunk + 1, chunks, length)] for chunk in (first, last)], dtype=np.int64
+        )
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        chunks = 2 * world
+        return _count_chunk(positions, rank, chunks, length) + _count_chunk(
+            positions, chunks - 1 - rank, chunks, length
+        )
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        chunk = _chunk_of(positions, 2 * world, length)
+        return np.minimum(chunk, 2 * world - 1 - chunk)
+
+
+@dataclass(frozen=True)
+class BlockCyclic(Layout):
+    """Blocks of `width` tokens dealt to the ranks in turn: rank r holds blocks r, r+W, r+2W ... ("striped").
+
+    Width 1 is Striped Attention (Brandon et al., 2023, https://arxiv.org/abs/2311.09431, section 3). The last block may
+    be short. Balanced under a causal mask for any documents longer than W blocks, but the runs are short.
+    """
+
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"width: got {self.width!r}, expected a whole number of tokens from 1 on")
+        object.__setattr__(self, "name", "striped" if self.width == 1 else f"striped:{self.width}")
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        starts = np.arange(rank * self.width, length, world * self.width, dtype=np.int64)
+        return np.stack([starts, np.minimum(starts + self.width, length)], axis=1)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        width, cycle = self.width, world * self.width
+        if width == 1:  # the same number with one division and nothing else
+            return (positions + (world - 1 - rank)) // world
+        whole_cycles = positions // cycle
+        return whole_cycles * width + np.clip(positions - whole_cycles * cycle - rank * width, 0, width)
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return positions // self.width % world
+
+
+_NAMED: dict[str, Callable[[], Layout]] = {"contiguous": Contiguous, "zigzag": Zigzag, "striped": BlockCyclic}
+
+
+def layout_names() -> tuple[str, ...]:
+    """The names that `layout_named` knows; "striped:w", blocks of w tokens, stands for any w from 1 on."""
+    return (*_NAMED, "striped:w")
+
+
+def layout_named(layout: str | Layout) -> Layout:
+    """The layout of this name: "contiguous", "zigzag", "striped", "striped:128" (blocks of 128); a `Layout` is itself.
+
+    Anything else is a ValueError that says the nearest name.
+    """
+    if isinstance(layout, Layout):
+        return layout
+    if not isinstance(layout, str):
+        raise ValueError(f"layout: got {layout!r}, expected a name ({', '.join(layout_names())}) or a Layout")
+    if layout in _NAMED:
+        return _NAMED[layout]()
+    head, colon, width = layout.partition(":")
+    if head == "striped" and colon:
+        if width.isascii() and width.isdigit() and int(width) > 0:
+            return BlockCyclic(int(width))
+        raise ValueError(
+            f"layout: got {layout!r}, expected a block width from 1 on after 'striped:', as in 'striped:128'"
+        )
+    if colon and head in _NAMED:
+        raise ValueError(f"layout: got {layout!r}, but {head!r} takes no width; only 'striped:w' does")
+    near = get_close_matches(head.strip().lower(), _NAMED, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0] + colon + width!r}? " if near else ""
+    raise ValueError(f"layout: got {layout!r}; {hint}it can be {', '.join(layout_names())} or a Layout object")
+
+
+def count_in_runs(positions: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """The number of tokens in `runs` [n, 2] before each position, by run-length arithmetic; int64."""
+    positions = np.asarray(positions, dtype=np.int64)
+    if len(runs) == 0:
+        return np.zeros_like(positions)
+    starts, lengths = runs[:, 0], runs[:, 1] - runs[:, 0]
+    before = np.cumsum(lengths) - lengths  # tokens in the runs ahead of each run
+    # The last run that starts at or before the position; ahead of the first run the clip leaves nothing.
+    run = np.maximum(np.searchsorted(starts, positions, side="right") - 1, 0)
+    return before[run] + np.clip(positions - starts[run], 0, lengths[run])
+
+
+def positions_in_runs(runs: np.ndarray) -> np.ndarray:
+    """The positions that `runs` [n, 2] cover, in increasing order: int64 [T_w]."""
+    starts, lengths = runs[:, 0], runs[:, 1] - runs[:, 0]
+    total = int(lengths.sum())
+    # Token j of the shard lies in run i at start[i] + (j - tokens ahead of run i).
+    offset = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return offset + np.arange(total, dtype=np.int64)
+
+
+def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndarray) -> None:
+    """Refuse, with a ValueError, a layout that does not give every position to exactly one rank.
+
+    The layouts of this file do by construction and are not looked at; one of the user's own costs O(T) here.
+    """
+    if type(layout) in (Contiguous, Zigzag, BlockCyclic):
+        return
+    holder = np.full(length, -1, dtype=np.int64)
+    for rank in range(world):
+        runs = layout.runs(rank, world, length, cu_seqlens)
+        where = f"layout {layout.name!r}, rank {rank} of {world}, length {length}"
+        if not isinstance(runs, np.ndarray):
+            raise ValueError(f"{where}: runs() got {type(runs).__name__}, expected a numpy array, int64 [n, 2]")
+        if runs.dtype != np.int64 or runs.ndim != 2 or runs.shape[1] != 2:
+            raise ValueError(f"{where}: runs() got {runs.dtype} {list(runs.shape)}, expected int64 [n, 2]")
+        ends = runs.reshape(-1)
+        if ends.size and (ends[0] < 0 or ends[-1] > length or (ends[1:] < ends[:-1]).any()):
+            raise ValueError(f"{where}: runs() must be increasing, disjoint [start, stop) within 0 ... {length}")
+        positions = positions_in_runs(runs)
+        taken = positions[holder[positions] >= 0]
+        if taken.size:
+            raise ValueError(f"{where}: position {taken[0]} belongs to rank {holder[taken[0]]} too")
+        holder[positions] = rank
+        if layout.count(np.array([length]), rank, world, length, cu_seqlens)[0] != positions.size:
+            raise ValueError(
+                f"{where}: count() up to the end disagrees with runs(), which hold {positions.size} tokens"
+            )
+    if (holder < 0).any():
+        raise ValueError(f"layout {layout.name!r}: position {np.argmin(holder)} of {length} belongs to no rank")
+    if (layout.owners(np.arange(length, dtype=np.int64), world, length, cu_seqlens) != holder).any():
+        raise ValueError(f"layout {layout.name!r}: owners() disagrees with runs() for length {length}, world {world}")
+
+
+def _cut(index: int, parts: int, length: int) -> int:
+    return index * length // parts
+
+
+def _chunk_of(positions: np.ndarray, chunks: int, length: int) -> np.ndarray:
+    """Which of `chunks` balanced chunks each position lies in: the last one whose first cut is not behind it."""
+    return ((positions + 1) * chunks - 1) // length if length else np.zeros_like(positions)
+
+
+def _count_chunk(positions: np.ndarray, chunk: int, chunks: int, length: int) -> np.ndarray:
+    """Tokens of one of `chunks` balanced chunks before each position."""
+    start, stop = _cut(chunk, chunks, length), _cut(chunk + 1, chunks, length)
+    return np.clip(positions, start, stop) - start

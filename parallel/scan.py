@@ -1,0 +1,149 @@
+"""Scans over ranks: how the runs of all ranks follow one another, and how their summaries are combined.
+
+A linear mixer carries a state along each document. A rank holds few runs of consecutive tokens (one for contiguous,
+two for zigzag), cut at document boundaries into segments. Only a run's first segment receives a state from elsewhere
+and only its last one hands a state on, so a run is summed up by one (transition, state) pair however many documents it
+holds, and which run continues which document is host data that every rank derives from its shard. Summaries are
+gathered and then combined in position order: forward for states, backward for the states' gradients.
+
+Letters: R slots per rank (the most runs that any rank holds, so that all ranks' messages have one size).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from longtrain.parallel.shard import SequenceShard
+
+Transition = Callable[[int, int, Tensor], Tensor]
+"""(rank, slot, x) -> x carried through that rank's run: its transition, or the transposed one in backward."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A maximal run of consecutive positions on one rank."""
+
+    rank: int
+    slot: int  # which of the rank's runs, from 0
+    start: int  # position of its first token
+    stop: int
+    continues: bool  # its first token continues the document of the token before it, on another rank
+    passes: bool  # one document from its first to its last token: a state that enters it also leaves it
+
+
+@dataclass(frozen=True, eq=False)
+class ScanPlan:
+    """What every rank knows, without a message, about a scan over a shard's runs.
+
+    runs: all ranks' runs in position order. slots: R. offsets: int64 [N+1], this rank's segments in local indices, one
+    empty segment where the rank holds nothing. first, last: for each of this rank's runs, by slot, the index of its
+    first and of its last segment.
+    """
+
+    rank: int
+    runs: tuple[Run, ...]
+    slots: int
+    offsets: np.ndarray
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+
+def scan_plan(shard: SequenceShard) -> ScanPlan:
+    """The plan of a scan over `shard`; refuses, with a ValueError, layouts that do not keep runs long."""
+    layout = shard.layout
+    if not layout.long_segments:
+        raise ValueError(
+            f"shard: got layout {layout.name!r}, whose runs of consecutive tokens are short; a scan over ranks needs "
+            "long ones: move the tensors with shard.relayout(x, shard.with_layout('contiguous'), dim=1), or 'zigzag', "
+            "and the result back"
+        )
+    starts = np.unique(shard.cu_seqlens)  # where documents start, empty ones dropped; the last entry is the end
+    held = [
+        _maximal_runs(layout.runs(rank, shard.world, shard.length, shard.cu_seqlens)) for rank in range(shard.world)
+    ]
+    runs = [
+        Run(
+            rank=rank,
+            slot=slot,
+            start=start,
+            stop=stop,
+            continues=start not in starts,
+            passes=not ((starts > start) & (starts < stop)).any(),
+        )
+        for rank, runs_of_rank in enumerate(held)
+        for slot, (start, stop) in enumerate(runs_of_rank)
+    ]
+    offsets, first, last = [0], [], []
+    for start, stop in held[shard.rank]:
+        cuts = starts[(starts > start) & (starts < stop)]
+        origin = offsets[-1] - start  # local index minus position, within this run
+        first.append(len(offsets) - 1)
+        offsets += [*(cuts + origin).tolist(), stop + origin]
+        last.append(len(offsets) - 2)
+    return ScanPlan(
+        rank=shard.rank,
+        runs=tuple(sorted(runs, key=lambda run: run.start)),
+        slots=max(map(len, held)),
+        offsets=np.array(offsets if first else [0, 0], dtype=np.int64),
+        first=tuple(first),
+        last=tuple(last),
+    )
+
+
+def combine_states(
+    plan: ScanPlan, states: Tensor, transition: Transition, initial: Tensor | None
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Carry states forward over all runs in position order.
+
+    states ``[W, R, ...]``: what each run's last segment reaches from a zero initial state. initial: the state before
+    the first token; None is zero. transition(rank, slot, state): the state after that run, of one document, for the one
+    before it. Returns what enters each of this rank's runs, by slot (None: zero), and the state after the last token
+    (None: no token, no initial state). A state never meets another document's, not even multiplied by zero.
+    """
+    entering: list[Tensor | None] = [None] * len(plan.first)
+    carried = initial
+    for index, run in enumerate(plan.runs):
+        incoming = carried if run.continues or index == 0 else None
+        if run.rank == plan.rank:
+            entering[run.slot] = incoming
+        carried = states[run.rank, run.slot]
+        if run.passes and incoming is not None:
+            carried = carried + transition(run.rank, run.slot, incoming)
+    return entering, carried
+
+
+def combine_state_gradients(
+    plan: ScanPlan, gradients: Tensor, transition: Transition, final: Tensor | None
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Carry the gradients of states backward over all runs, in reverse position order.
+
+    gradients ``[W, R, ...]``: of the state that enters each run, from the outputs of the run's own first segment.
+    final: the gradient of the state after the last token, or None. transition: as in `combine_states`, transposed.
+    Returns the gradients of what leaves each of this rank's runs, by slot (None: nobody uses that state), and of the
+    state before the first token.
+    """
+    leaving: list[Tensor | None] = [None] * len(plan.first)
+    carried = final
+    for index, run in reversed(list(enumerate(plan.runs))):
+        if run.rank == plan.rank:
+            leaving[run.slot] = carried
+        own = gradients[run.rank, run.slot]
+        if run.passes and carried is not None:
+            own = own + transition(run.rank, run.slot, carried)
+        carried = own if run.continues or index == 0 else None
+    return leaving, carried
+
+
+def _maximal_runs(runs: np.ndarray) -> list[tuple[int, int]]:
+    """Runs [n, 2] as Python pairs, empty ones dropped and adjacent ones joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in runs.tolist():
+        if start == stop:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined

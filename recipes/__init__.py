@@ -1,0 +1,1 @@
+"""Recipes: Hydra YAML only, no logic; `base.yaml` explains every key."""

@@ -1,0 +1,45 @@
+"""Which tests run: `--full` adds those marked `full`, a GPU those marked `gpu`; what is skipped says why."""
+
+import sys
+
+import hypothesis
+import pytest
+
+# No deadline per example: times on shared machines vary. Derandomized: a red run can be repeated.
+hypothesis.settings.register_profile("longtrain", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("longtrain")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests marked `full` too (make test-full)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        _skip(items, "full", "takes long: make test-full runs it")
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a GPU")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run beside worker processes; more threads than cores would only slow both. Imports no torch by itself."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    # The processes that tests share end with the session. None were started if nobody imported the helper.
+    helper = sys.modules.get("tests.distributed")
+    if helper is not None:
+        helper.close_pools()
+
+
+def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(mark) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,141 @@
+"""Recipes: what composes, and what is refused in one line that names the key, the value and what would work."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from longtrain.config import RECIPES, compose, degrees, from_mapping, recipe_names, to_yaml
+from longtrain.errors import UsageError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_composes_and_survives_its_yaml(name: str) -> None:
+    recipe = compose(name)
+    assert recipe.recipe == name
+    assert from_mapping(OmegaConf.create(to_yaml(recipe))) == recipe  # type: ignore[arg-type]
+
+
+def test_base_yaml_has_every_key_once_with_a_reason_and_the_dataclass_default() -> None:
+    text = (RECIPES / "base.yaml").read_text()
+    lines = [line for line in text.splitlines() if ":" in line and not line.startswith(("#", "defaults", "  - "))]
+    sections = [line for line in lines if line.endswith(":")]
+    assert all("  # " in line for line in lines if line not in sections)
+    plain = compose("base")
+    default = dataclasses.replace(type(plain)(), recipe="base")
+    assert plain == default
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        compose("quickstart").trainer.steps = 3  # type: ignore[misc]
+
+
+def test_values_reach_their_keys() -> None:
+    recipe = compose("quickstart", ["trainer.steps=7", "layers.mixers.softmax.kv_heads=2", "parallel.layout=striped:8"])
+    assert recipe.trainer.steps == 7
+    assert recipe.layers.mixers["softmax"] == compose("quickstart").layers.mixers["softmax"] | {"kv_heads": 2}
+    assert recipe.parallel.layout == "striped:8"
+
+
+@pytest.mark.parametrize("path", ["a=b", "with space/c", "x[1],y", "it's", '"quoted"', "back\\slash", "${seed}"])
+def test_paths_may_hold_anything(path: str) -> None:
+    wanted = path.strip('"') if path.startswith('"') else path
+    assert compose("quickstart", [f"run_dir={path}"]).run_dir == (wanted if path != "${seed}" else "0")
+
+
+REFUSED = [
+    (["trainer.stps=3"], "trainer.stps", "trainer.steps"),
+    (["trainer.steps=abc"], "trainer.steps", "'abc'", "a whole number"),
+    (["trainer.steps=1.5"], "trainer.steps", "1.5", "a whole number"),
+    (["trainer.steps=0"], "trainer.steps", "0", "1 or more"),
+    (["trainer=3"], "trainer", "trainer.steps"),
+    (["trainer.clip=0"], "trainer.clip", "0", "above 0"),
+    (["trainer.precision=float16"], "trainer.precision", "'float16'", "bfloat16"),
+    (["model.width=null"], "model.width", "a whole number"),
+    (["model.tie_embedding=perhaps"], "model.tie_embedding", "'perhaps'", "true or false"),
+    (["data=txt"], "data", "'txt'", "text"),
+    (["data=text"], "data.path", "folder or a glob"),
+    (["data.path=notes"], "data.path", "'notes'", "data=text"),
+    (["data.length=0"], "data.length", "0", "1 or more"),
+    (["data.held_out=1.5"], "data.held_out", "1.5"),
+    (["layers.pattern=[softmx]"], "layers.pattern", "'softmx'", "'softmax'"),
+    (["layers.pattern=[]"], "layers.pattern", "lightning"),
+    (["layers.pattern=softmax"], "layers.pattern", "a list"),
+    (["layers.mixers.softmx.heads=2"], "layers.mixers.softmx", "'softmax'"),
+    (["layers.mixers.softmax.heds=4"], "layers.mixers.softmax.heds", "'heads'"),
+    (["layers.mixers.softmax.heads=3"], "layers.mixers.softmax.heads", "3", "divide model.width"),
+    (["layers.mixers.softmax.kv_heads=3"], "layers.mixers.softmax.kv_heads", "3", "divide heads"),
+    (["layers.mixers.softmax.heads=many"], "layers.mixers.softmax.heads", "'many'", "whole number"),
+    (["layers.mixers.lightning.heads=true"], "layers.mixers.lightning.heads", "True", "whole number"),
+    (["parallel.sequence=3"], "parallel.sequence", "3", "2 processes", "1, 2"),
+    (["parallel.data=2", "parallel.sequence=2"], "parallel.data", "2", "4", "parallel.data=1"),
+    (["parallel.layout=zigzg"], "parallel.layout", "'zigzg'", "zigzag"),
+    (["parallel.layout=striped:0"], "parallel.layout", "striped:0"),
+    (["parallel.strategy=ulises"], "parallel.strategy", "'ulises'", "ring"),
+    (["parallel.data=2", "trainer.sequences=3"], "trainer.sequences", "3", "trainer.sequences=4"),
+    (["memory.recompute=ful"], "memory.recompute", "'ful'", "'full'"),
+    (["engine=fsdpp"], "engine", "'fsdpp'", "fsdp"),
+    (["optimizer.name=adam"], "optimizer.name", "'adam'", "adamw"),
+    (["optimizer.beta2=1.0"], "optimizer.beta2", "1.0"),
+    (["schedule.name=cos"], "schedule.name", "'cos'", "cosine"),
+    (["seed=-1"], "seed", "-1", "0 or more"),
+    (["launch.processes=0"], "launch.processes", "0", "1 or more"),
+    (["+new.key=1"], "new.key", "no such key"),
+    (["~trainer.steps"], "trainer.steps", "removed"),
+    (["trainer.steps=1,2"], "trainer.steps", "several values"),
+    (["trainer.steps"], "trainer.steps", "key=value"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), [(case[0], case[1:]) for case in REFUSED])
+def test_refused_in_one_line(overrides: list[str], parts: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        compose("quickstart", overrides)
+    message = str(refusal.value)
+    assert message.startswith(parts[0]) or parts[1] == "removed"
+    assert all(part in message for part in parts) and "\n" not in message
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="'quikstart'.*'quickstart'"):
+        compose("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("trainer: {stps: 3}", ("trainer.stps", "trainer.steps")),
+        ("trainer: {steps: abc}", ("trainer.steps", "'abc'", "a whole number")),
+        ("model: 3", ("model", "3", "model.width")),
+        ("model: {_target_: os.system}", ("model._target_", "import")),
+        ("layers: {mixers: {softmax: {_target_: os.system}}}", ("layers.mixers.softmax._target_",)),
+        ("model: {", ("mine.yaml", "line")),
+        ("model: {width: '${nowhere}'}", ("model.width", "nowhere")),
+    ],
+)
+def test_recipe_files_of_ones_own_are_checked_too(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [base, _self_]\n{text}\n")
+    with pytest.raises(UsageError) as refusal:
+        compose(str(path))
+    assert all(part in str(refusal.value) for part in parts) and "\n" not in str(refusal.value)
+
+
+def test_a_recipe_file_of_ones_own_starts_from_base_and_its_groups(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [base, _self_]\ntrainer: {steps: 7}\n")
+    recipe = compose(str(path), ["data=text", "data.path=notes"])
+    assert (recipe.recipe, recipe.trainer.steps, recipe.data.source) == ("mine", 7, "text")
+    with pytest.raises(UsageError, match="no file"):
+        compose(str(tmp_path / "other.yaml"))
+
+
+def test_degrees_are_worked_out() -> None:
+    recipe = compose("base")
+    assert degrees(recipe, 4) == (1, 4)
+    assert degrees(compose("base", ["parallel.sequence=2", "trainer.sequences=2"]), 4) == (2, 2)
+    assert degrees(compose("base", ["parallel.data=2", "trainer.sequences=2"]), 6) == (2, 3)
+    with pytest.raises(UsageError, match="trainer.sequences"):
+        degrees(compose("base", ["parallel.sequence=1"]), 2)
