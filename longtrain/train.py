@@ -91,32 +91,30 @@ def train(recipe: Recipe, processes: Processes) -> None:
     training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
     trainer = build_trainer(recipe, processes, training)
     run_dir = on_first_rank(lambda: _open_run(recipe, processes))
-    seconds = 0.0
-    if recipe.resume is not None:
-        seconds = everywhere(lambda: restore(trainer, run_dir))
-    screen = Screen(enabled=processes.first)
-    metrics = MetricsWriter(run_dir, resume_step=trainer.step) if processes.first else None
-    screen.start(recipe.trainer.steps, trainer.step, _headline(recipe, processes, trainer, training, run_dir))
-    evaluation: Evaluation | None = None
-    while trainer.step < recipe.trainer.steps:
-        result = trainer.train_step()
-        seconds += result.seconds
-        last = result.step == recipe.trainer.steps
-        record = _record(result, processes)
-        if last or _due(result.step, recipe.trainer.evaluate_every):
+    seconds = everywhere(lambda: restore(trainer, run_dir)) if recipe.resume is not None else 0.0
+    with Screen(enabled=processes.first) as screen:
+        screen.start(recipe.trainer.steps, trainer.step, _headline(recipe, processes, trainer, training, run_dir))
+        metrics = MetricsWriter(run_dir, resume_step=trainer.step) if processes.first else None
+        evaluation: Evaluation | None = None
+        while trainer.step < recipe.trainer.steps:
+            result = trainer.train_step()
+            seconds += result.seconds
+            last = result.step == recipe.trainer.steps
+            record = _record(result, processes)
+            if last or _due(result.step, recipe.trainer.evaluate_every):
+                evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
+                record["held_out_loss"] = evaluation.loss
+            if metrics is not None:
+                metrics.write(record)
+            screen.step(record)
+            if last or _due(result.step, recipe.trainer.checkpoint_every):
+                save(trainer, run_dir, recipe, seconds)
+        if evaluation is None:  # resumed at its end: nothing was left to train
             evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
-            record["held_out_loss"] = evaluation.loss
+        summary = _summary(recipe, processes, trainer, evaluation, seconds)
         if metrics is not None:
-            metrics.write(record)
-        screen.step(record)
-        if last or _due(result.step, recipe.trainer.checkpoint_every):
-            save(trainer, run_dir, recipe, seconds)
-    if evaluation is None:  # resumed at its end: nothing was left to train
-        evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
-    summary = _summary(recipe, processes, trainer, evaluation, seconds)
-    if metrics is not None:
-        metrics.close()
-        _finish(run_dir, summary, evaluation, screen)
+            metrics.close()
+            _finish(run_dir, summary, evaluation, screen)
     dist.barrier()  # no rank leaves, and takes its end of the connections with it, before the run folder is whole
 
 

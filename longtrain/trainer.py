@@ -162,7 +162,7 @@ class Trainer:
             losses = self.model(batch.tokens, batch.shard, batch.labels).double()
             if not counted:
                 continue
-            positions = batch.shard.document_positions.to(self.device)
+            positions = batch.shard.document_positions_on(self.device)
             bucket = torch.bucketize(positions, lower, right=True) - 1
             sums[0].index_add_(0, bucket, losses[0])
             sums[1].index_add_(0, bucket, (batch.labels[0] != IGNORE).double())
@@ -193,6 +193,10 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name: weights and optimizer state."""
+        # After an evaluation the weights are still gathered, and named_parameters() would show those copies.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         weights: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
         return weights | optimizer_tensors(self.optimizer, self.model)
 

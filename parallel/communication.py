@@ -11,10 +11,10 @@ made on arrival, in the order of the ranks, whatever the timing. On NCCL, waitin
 the host. Gloo moves host memory: tensors of another device are staged through the host for it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -185,7 +185,9 @@ def all_gather_stacked(x: Tensor, group: Group) -> Handle:
         return _Done(result)
     transport = _Transport(group, x.device)
     send, receive = transport.outgoing(x), transport.incoming(result)
-    work = dist.all_gather_into_tensor(receive, send, group=group, async_op=True)
+    # torch 2.13 calls it all_gather_single and warns of the name that torch 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(receive, send, group=group, async_op=True)
     assert work is not None  # None is for processes outside the group, which rank_and_size would have told
     _record("all_gather", (world - 1) * send.numel(), (world - 1) * send.numel())
     return _Pending(work, transport, receive, result, keep=send)
@@ -264,19 +266,17 @@ class Exchange:
         assert group is not None
         operations: list[dist.P2POp] = []
         sent, received = 0, 0
-        # The number of a message among those from one rank to another is its tag: gloo matches by it, NCCL by order.
-        number: dict[tuple[str, int], int] = {}
         for peer, tensor in away[0]:
             transport = _Transport(group, tensor.device)
             data = transport.outgoing(tensor)
             self._keep.append(data)
-            operations.append(_operation(dist.isend, data, peer, group, number))
+            operations.append(_operation(dist.isend, data, peer, group))
             sent += data.numel()
         for peer, tensor in away[1]:
             transport = _Transport(group, tensor.device)
             data = transport.incoming(tensor)
             self._deliveries.append((transport, data, tensor))
-            operations.append(_operation(dist.irecv, data, peer, group, number))
+            operations.append(_operation(dist.irecv, data, peer, group))
             received += data.numel()
         self._works = dist.batch_isend_irecv(operations)
         _record("exchange", sent, received)
@@ -355,10 +355,8 @@ class _Transport:
             target.detach().view(-1).view(torch.uint8).copy_(data)
 
 
-def _operation(call, data: Tensor, peer: int, group: ProcessGroup, number: dict[tuple[str, int], int]) -> dist.P2POp:
-    key = (call.__name__, peer)
-    number[key] = tag = number.get(key, -1) + 1
-    return dist.P2POp(call, data, dist.get_global_rank(group, peer), group, tag)
+def _operation(call: Callable[..., Any], data: Tensor, peer: int, group: ProcessGroup) -> dist.P2POp:
+    return dist.P2POp(call, data, dist.get_global_rank(group, peer), group)
 
 
 def _bytes_per_row(x: Tensor) -> int:

@@ -42,6 +42,7 @@ class ScanOptions:
     plan: ScanPlan
     scale: float
     return_state: bool
+    initial_gradient: bool  # the initial state wants its gradient
 
 
 def sequence_parallel_linear_attention(
@@ -99,6 +100,7 @@ def sequence_parallel_linear_attention(
         plan=scan_plan(shard),
         scale=q.shape[3] ** -0.5 if factor is None else factor,
         return_state=return_state,
+        initial_gradient=_wants_gradient(initial_state),
     )
     agree(shard, _signature(q, k, v, log_decay, initial_state, options), device=q.device)
     if initial_state is not None:
@@ -109,29 +111,32 @@ def sequence_parallel_linear_attention(
 
 def segment_scan_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, options: ScanOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor | None], Tensor]:
     """The scan over states; the gather is in flight while outputs from within chunks are computed.
 
-    Returns out ``[B, T_w, H, V]`` in q's dtype and the state after the last token ``[B, H, K, V]``; and for backward
-    entering ``[R, B, H, K, V]``, the state that enters each of this rank's runs (zero where a document starts), and
-    transitions ``[W, R, B, H, 1 or K, 1]``, what multiplies a state along each run. States are in the state dtype.
+    Returns out ``[B, T_w, H, V]`` in q's dtype and the state after the last token ``[B, H, K, V]`` (meaningless unless
+    ``options.return_state``); and for backward the state that enters each of this rank's runs, ``[B, H, K, V]`` or None
+    for zeros, and transitions ``[W, R, B, H, 1 or K, 1]``, what multiplies a state along each run. States are in the
+    state dtype.
     """
-    plan = options.plan
+    plan, shard = options.plan, options.shard
+    state_shape = (plan.slots, v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    logs_shape = (*state_shape[:3], q.shape[3] if log_decay is not None and log_decay.ndim == 4 else 1)
     local = LinearAttentionForward(q, k, v, log_decay, plan.offsets, scale=options.scale)
-    segment_logs, segment_states = local.summaries()
-    logs, states = _of_runs(plan, segment_logs, plan.last), _of_runs(plan, segment_states, plan.last)
-    gathering = all_gather_stacked(torch.cat([logs.flatten(), states.flatten()]), options.shard.group)
-    local.local()
-    all_logs, all_states = gathering.wait().split([logs.numel(), states.numel()], dim=1)
-    all_states = all_states.unflatten(1, states.shape)
-    transitions = all_logs.unflatten(1, logs.shape).unsqueeze(-1).exp()
-    entering, final = combine_states(plan, all_states, _through(transitions), initial_state)
-    out, _ = local.finish(_to_segments(plan, entering, plan.first, like=segment_states), return_state=False)
-    stacked = torch.zeros_like(states)
-    for slot, state in enumerate(entering):
-        if state is not None:
-            stacked[slot] = state
-    return out, states.new_zeros(states.shape[1:]) if final is None else final.clone(), stacked, transitions
+    if plan.crosses or options.return_state:
+        segment_logs, segment_states = local.summaries()
+        summaries = [_of_runs(plan, segment_logs, plan.last), _of_runs(plan, segment_states, plan.last)]
+        gathering = all_gather_stacked(torch.cat([x.flatten() for x in summaries]), shard.group)
+        local.local()
+        logs, states = gathering.wait().split([x.numel() for x in summaries], dim=1)
+        logs, states = logs.unflatten(1, logs_shape), states.unflatten(1, state_shape)
+    else:  # nobody needs a state of another rank: one rank alone, or documents that end where ranks end
+        zero = q.new_zeros((), dtype=_state_dtype(q, k, v))
+        logs, states = zero.expand(shard.world, *logs_shape), zero.expand(shard.world, *state_shape)
+    transitions = logs.unsqueeze(-1).exp()
+    entering, final = combine_states(plan, states, _through(transitions), initial_state)
+    out, _ = local.finish(_to_segments(plan, entering, plan.first), return_state=False)
+    return out, states.new_zeros(state_shape[1:]) if final is None else final.clone(), entering, transitions
 
 
 def segment_scan_backward(
@@ -140,40 +145,46 @@ def segment_scan_backward(
     v: Tensor,
     log_decay: Tensor | None,
     *,
-    entering: Tensor,
+    entering: Sequence[Tensor | None],
     transitions: Tensor,
     dout: Tensor,
     dstate: Tensor | None,
     options: ScanOptions,
     need_decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The scan over the gradients of states: dq, dk, dv, dlog_decay and this rank's part of dinitial_state.
 
     entering, transitions: what forward returned, so that nothing is sent twice. dout: the gradient of out; dstate: that
     of this rank's copy of the last state, where ``options.return_state``. The copies' gradients travel with the
-    summaries and are summed in the order of the ranks.
+    summaries and are summed in the order of the ranks. dinitial_state is None unless ``options.initial_gradient``.
     """
-    plan = options.plan
+    plan, shard = options.plan, options.shard
+    state_shape = (plan.slots, v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     local = LinearAttentionBackward(q, k, v, log_decay, plan.offsets, dout, scale=options.scale)
-    segment_gradients = local.summaries()
-    message = _of_runs(plan, segment_gradients, plan.first)
-    if options.return_state:
-        own = torch.zeros_like(entering[:1]) if dstate is None else dstate[None]
-        message = torch.cat([message, own])
-    gathering = all_gather_stacked(message, options.shard.group)
-    local.local(need_decay_gradient=need_decay_gradient)
-    gathered = gathering.wait()
-    final = gathered[:, plan.slots].sum(0) if options.return_state else None
-    leaving, dinitial = combine_state_gradients(plan, gathered, _through(transitions), final)
+    final = None
+    if plan.crosses or options.return_state or options.initial_gradient:
+        message = _of_runs(plan, local.summaries(), plan.first)
+        if options.return_state:
+            own = message.new_zeros(state_shape[1:]) if dstate is None else dstate
+            message = torch.cat([message, own.unsqueeze(0)])
+        gathering = all_gather_stacked(message, shard.group)
+        local.local(need_decay_gradient=need_decay_gradient)
+        gradients = gathering.wait()
+        final = gradients[:, plan.slots].sum(0) if options.return_state else None
+    else:
+        gradients = transitions.new_zeros(()).expand(shard.world, *state_shape)
+    leaving, dinitial = combine_state_gradients(plan, gradients, _through(transitions), final)
     dq, dk, dv, dlog_decay, _ = local.finish(
-        _to_segments(plan, list(entering), plan.first, like=segment_gradients),
-        _to_segments(plan, leaving, plan.last, like=segment_gradients),
+        _to_segments(plan, entering, plan.first),
+        _to_segments(plan, leaving, plan.last),
         need_decay_gradient=need_decay_gradient,
         need_state_gradient=False,
     )
+    if not options.initial_gradient:
+        return dq, dk, dv, dlog_decay, None
     # One rank alone hands on what every rank knows: the one with the first token.
     if dinitial is None or plan.rank != (plan.runs[0].rank if plan.runs else 0):
-        dinitial = entering.new_zeros(gathered.shape[2:])
+        dinitial = transitions.new_zeros(state_shape[1:])
     return dq, dk, dv, dlog_decay, dinitial
 
 
@@ -190,7 +201,7 @@ class _SegmentScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(q.device):
             out, state, entering, transitions = segment_scan_forward(q, k, v, log_decay, initial_state, options)
-        ctx.save_for_backward(q, k, v, log_decay, entering, transitions)
+        ctx.save_for_backward(q, k, v, log_decay, transitions, *entering)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return out, state
@@ -199,7 +210,7 @@ class _SegmentScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dstate = gradients
-        q, k, v, log_decay, entering, transitions = ctx.saved_tensors
+        q, k, v, log_decay, transitions, *entering = ctx.saved_tensors
         with without_autocast(q.device):
             grads = segment_scan_backward(
                 q,
@@ -215,6 +226,10 @@ class _SegmentScan(torch.autograd.Function):
                 need_decay_gradient=ctx.needs_input_grad[3],
             )
         return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+
+def _wants_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
 def _state_dtype(*inputs: Tensor) -> torch.dtype:
@@ -234,13 +249,16 @@ def _of_runs(plan: ScanPlan, x: Tensor, segments: Sequence[int]) -> Tensor:
     return of_runs
 
 
-def _to_segments(plan: ScanPlan, of_runs: list[Tensor | None], segments: Sequence[int], *, like: Tensor) -> Tensor:
-    """What belongs to one segment of each run, among zeros for all segments: ``[B, N, H, K, V]`` as `like`."""
-    x = torch.zeros_like(like)
-    for segment, state in zip(segments, of_runs, strict=False):
-        if state is not None:
-            x[:, segment] = state
-    return x
+def _to_segments(plan: ScanPlan, of_runs: Sequence[Tensor | None], segments: Sequence[int]) -> Tensor | None:
+    """What belongs to one segment of each run, among zeros for the others: ``[B, N, H, K, V]``; None for all zeros."""
+    given = [(segment, x) for segment, x in zip(segments, of_runs, strict=True) if x is not None]
+    if not given:
+        return None
+    batch, *state = given[0][1].shape
+    of_segments = given[0][1].new_zeros((batch, len(plan.offsets) - 1, *state))
+    for segment, x in given:
+        of_segments[:, segment] = x
+    return of_segments
 
 
 def _check_strategy(strategy: str) -> None:
@@ -260,7 +278,6 @@ def _signature(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, options: ScanOptions
 ) -> dict[str, object]:
     """What the ranks must agree on before the first message."""
-    given = (q, k, v, log_decay, initial_state)
     return {
         "operator": "sequence_parallel_linear_attention",
         "q": tensor_signature(q),
@@ -268,8 +285,9 @@ def _signature(
         "v": tensor_signature(v),
         "log_decay": tensor_signature(log_decay),
         "initial_state": "None" if initial_state is None else "given",
+        "initial_state.requires_grad": options.initial_gradient,
         "shard": shard_signature(options.shard),
         "scale": options.scale,
         "return_state": options.return_state,
-        "requires_grad": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
+        "requires_grad": any(_wants_gradient(x) for x in (q, k, v, log_decay, initial_state)),
     }

@@ -49,6 +49,11 @@ class ScanPlan:
     first: tuple[int, ...]
     last: tuple[int, ...]
 
+    @property
+    def crosses(self) -> bool:
+        """Whether any document goes on from one run to another, so that states have to cross."""
+        return any(run.continues for run in self.runs)
+
 
 def scan_plan(shard: SequenceShard) -> ScanPlan:
     """The plan of a scan over `shard`; refuses, with a ValueError, layouts that do not keep runs long."""

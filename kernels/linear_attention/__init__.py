@@ -13,6 +13,7 @@ from longtrain.kernels import checks
 from longtrain.kernels.dispatch import choose_backend
 from longtrain.kernels.linear_attention import reference
 from longtrain.kernels.linear_attention.torch_impl import LinearAttentionBackward, LinearAttentionForward
+from longtrain.kernels.precision import without_autocast
 
 __all__ = ["LinearAttentionBackward", "LinearAttentionForward", "check_inputs", "linear_attention"]
 
@@ -55,8 +56,10 @@ def linear_attention(
     """
     check_inputs(q, k, v, log_decay)
     backend = choose_backend("linear_attention", backend, device=q.device)
-    scale = checks.number("scale", scale)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if not isinstance(return_state, bool):
+        raise ValueError(f"return_state: got {return_state!r}, expected True or False")
+    factor = checks.number("scale", scale)
+    factor = q.shape[3] ** -0.5 if factor is None else factor
     batch, tokens, heads, value_width = v.shape
     offsets = checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch)
     packed = cu_seqlens is not None
@@ -68,10 +71,13 @@ def linear_attention(
         checks.same_device(q=q, initial_state=initial_state)
         initial_state = initial_state[None] if packed else initial_state[:, None]  # [B, N, H, K, V]
     if backend == "reference":
-        out, state = reference.linear_attention(q, k, v, log_decay, offsets, scale=scale, initial_state=initial_state)
+        with without_autocast(q.device):
+            out, state = reference.linear_attention(
+                q, k, v, log_decay, offsets, scale=factor, initial_state=initial_state
+            )
         out = out.to(q.dtype)
     else:
-        options = _Options(offsets, scale=scale, return_state=return_state)
+        options = _Options(offsets, scale=factor, return_state=return_state)
         out, state = _LinearAttention.apply(q, k, v, log_decay, initial_state, options)
     return out, state.squeeze(0 if packed else 1) if return_state else None
 
@@ -96,16 +102,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> N
 
 def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
     forms = ((v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], q.shape[3]))
-    if not isinstance(log_decay, Tensor) or log_decay.dtype not in checks.FLOATS:
-        given = log_decay.dtype if isinstance(log_decay, Tensor) else type(log_decay).__name__
-        raise ValueError(f"log_decay: got {given}, expected None or a floating-point tensor")
+    meaning = "[H], [B, T, H] or [B, T, H, K]"
+    checks.floating("log_decay", log_decay, meaning, dimensions=(1, 3, 4))
     if tuple(log_decay.shape) not in forms:
-        expected = ", ".join(map(str, forms))
-        raise ValueError(
-            f"log_decay: got shape {tuple(log_decay.shape)}, expected None, [H], [B, T, H] or [B, T, H, K]: {expected}"
-        )
-    if (log_decay.device.type == "cpu" or debug.enabled()) and bool((log_decay > 0).any()):
-        raise ValueError(f"log_decay: got {log_decay.max().item():g} at most, expected no number above 0")
+        expected = " or ".join(str(list(form)) for form in forms)
+        raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meaning}: {expected}")
+    if log_decay.device.type == "cpu" or debug.enabled():
+        positive = log_decay > 0
+        if positive.any():
+            raise ValueError(f"log_decay: got {log_decay[positive].max():g}, expected no number above 0")
 
 
 @dataclass(frozen=True)
@@ -126,24 +131,26 @@ class _LinearAttention(torch.autograd.Function):
         initial_state: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor | None]:
-        forward = LinearAttentionForward(q, k, v, log_decay, options.offsets, scale=options.scale)
         ctx.save_for_backward(q, k, v, log_decay, initial_state)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return forward.finish(initial_state, return_state=options.return_state)
+        with without_autocast(q.device):
+            forward = LinearAttentionForward(q, k, v, log_decay, options.offsets, scale=options.scale)
+            return forward.finish(initial_state, return_state=options.return_state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
         dout = torch.zeros_like(v) if dout is None else dout
-        backward = LinearAttentionBackward(q, k, v, log_decay, ctx.options.offsets, dout, scale=ctx.options.scale)
-        *gradients, dinitial = backward.finish(
-            initial_state,
-            dstate,
-            need_decay_gradient=ctx.needs_input_grad[3],
-            need_state_gradient=ctx.needs_input_grad[4],
-        )
+        with without_autocast(q.device):
+            backward = LinearAttentionBackward(q, k, v, log_decay, ctx.options.offsets, dout, scale=ctx.options.scale)
+            *gradients, dinitial = backward.finish(
+                initial_state,
+                dstate,
+                need_decay_gradient=ctx.needs_input_grad[3],
+                need_state_gradient=ctx.needs_input_grad[4],
+            )
         gradients.append(None if dinitial is None else dinitial.to(initial_state.dtype))
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(gradient if need else None for gradient, need in needed), None

@@ -31,22 +31,22 @@ def linear_attention(
     otherwise in float32.
     """
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
-    batch, tokens, heads, value_width = v.shape
+    batch, _, heads, value_width = v.shape
     q, k = (x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     v = v.to(dtype)
     g = _per_token(log_decay, v).to(dtype)  # [B, T, H, 1 or K]
+    bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    if initial_state is None:
+        initial_state = v.new_zeros(batch, len(bounds), heads, k.shape[3], value_width)
+    initial_state = initial_state.to(dtype)
     outputs, states = [v[:, :0]], []
-    for n, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        if initial_state is None:
-            state = v.new_zeros(batch, heads, k.shape[3], value_width)
-        else:
-            state = initial_state[:, n].to(dtype)
+    for n, (start, stop) in enumerate(bounds):
+        state = initial_state[:, n]
         for t in range(start, stop):
             state = g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
             outputs.append(scale * (q[:, t, :, None, :] @ state).transpose(1, 2))
         states.append(state)
-    final = torch.stack(states, 1) if states else v.new_zeros(batch, 0, heads, k.shape[3], value_width)
-    return torch.cat(outputs, 1), final
+    return torch.cat(outputs, 1), torch.stack(states, 1) if states else initial_state
 
 
 def _per_token(log_decay: Tensor | None, v: Tensor) -> Tensor:

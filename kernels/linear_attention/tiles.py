@@ -61,11 +61,15 @@ class Inputs:
 
 
 class TileWork:
-    """One tile of a pass; each part is computed once, when first asked for."""
+    """One tile of a pass; each part is computed once, when first asked for.
 
-    def __init__(self, inputs: Inputs, tile: Tile, *, need_decay_gradient: bool = False) -> None:
+    need_decay_gradient: whether `local_gradients` and `gradients` have to give it.
+    overwrite: q and k may be overwritten, since nobody will ask any more for what needs them as they are.
+    """
+
+    def __init__(self, inputs: Inputs, tile: Tile, *, overwrite: bool = False) -> None:
         self.tile = tile
-        self.need_decay_gradient = need_decay_gradient
+        self.need_decay_gradient, self.overwrite = False, overwrite
         self._inputs = inputs
         # Scores are computed once for all heads that share q and k, but per head where these are not shared alike.
         self._shared = inputs.q.shape[2] == inputs.k.shape[2]
@@ -98,12 +102,12 @@ class TileWork:
     @cached_property
     def readers(self) -> Tensor:
         """q_i exp(prefix_i), for each head."""
-        return _times(per_head(self.q, self._inputs.heads), self.decay.factors.from_start)
+        return self._scaled(self.q, self.decay.factors.from_start)
 
     @cached_property
     def written(self) -> Tensor:
         """k_j exp(suffix_j), for each head."""
-        return _times(per_head(self.k, self._inputs.heads), self.decay.factors.to_end)
+        return self._scaled(self.k, self.decay.factors.to_end)
 
     @cached_property
     def added_states(self) -> Tensor:
@@ -131,28 +135,35 @@ class TileWork:
         flat(self.local_out).baddbmm_(flat(self.readers), flat(states))
         return self.local_out
 
-    def gradients(self, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """All gradients, of q, k, v and the log-decays. Uses up `local_gradients`.
+    def gradients(self, states: Tensor, dstates: Tensor) -> list[Tensor]:
+        """All gradients, of q, k, v and, if needed, the log-decays. Uses up `local_gradients`.
 
         states, dstates [m, H, K, V]: the states before, and the gradients of those after each chunk.
-        Returns [m, G or H, C, K] twice, [m, H, C, V], and [m, H, C, 1 or K] or None.
+        Returns [m, G or H, C, K] twice, [m, H, C, V], and [m, H, C, 1 or K].
         """
         factors, local = self.decay.factors, self.local_gradients
         dreaders = product(self.dout, states.transpose(2, 3))
         dwritten = product(self.v, dstates.transpose(2, 3))
         flat(local.dv).baddbmm_(flat(self.written), flat(dstates))
-        dlog = None
+        dlog = []
         if self.need_decay_gradient:
             width = self._inputs.decay.width
-            dlog = self.decay.gradient(
+            gradient = self.decay.gradient(
                 to_width(self.readers * dreaders, width),
                 to_width(self.written * dwritten, width),
                 to_width((states * dstates).sum(-1), width) * self.decay.total,
                 pairs=local.pairs,
                 levels=local.levels,
             )
+            dlog.append(gradient)
         dq = _add_times(local.dq, dreaders, factors.from_start).mul_(self._inputs.scale)
-        return dq, _add_times(local.dk, dwritten, factors.to_end), local.dv, dlog
+        return [dq, _add_times(local.dk, dwritten, factors.to_end), local.dv, *dlog]
+
+    def _scaled(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        x = per_head(x, self._inputs.heads)
+        if factor is None:
+            return x
+        return x.mul_(factor) if self.overwrite else x * factor
 
 
 def _outer_products(a: Tensor, b: Tensor, *, first: int) -> Tensor:
@@ -163,12 +174,9 @@ def _outer_products(a: Tensor, b: Tensor, *, first: int) -> Tensor:
     return products
 
 
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
 def _add_times(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
     """x += y * factor, summed over the heads that share one of x's."""
     if x.shape[1] != y.shape[1]:
-        return x.add_(_times(y, factor).unflatten(1, (x.shape[1], -1)).sum(2))
+        y = y if factor is None else y * factor
+        return x.add_(y.unflatten(1, (x.shape[1], -1)).sum(2))
     return x.add_(y) if factor is None else x.addcmul_(y, factor)

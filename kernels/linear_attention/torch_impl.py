@@ -75,6 +75,8 @@ class LinearAttentionForward:
         carried = None
         for index, tile in enumerate(inputs.chunking.tiles):
             work = self._kept[index] if self._kept else TileWork(inputs, tile)
+            _ = work.local_out
+            work.overwrite = True
             states = work.added_states
             _carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
             carried = states[-1]
@@ -152,10 +154,12 @@ class LinearAttentionBackward:
         for tile in reversed(tiles):
             work = self._kept.pop() if self._kept else TileWork(inputs, tile)
             work.need_decay_gradient = need_decay_gradient
+            _ = work.local_gradients
+            work.overwrite = True
             dstates = work.added_gradients
             _carry_backward(work, dstates, carried=carried, dleaving=dleaving, dentering=dentering)
             carried = dstates[0]
-            for gradient, x in zip(work.gradients(states.pop()[:-1], dstates[1:]), results, strict=False):
+            for gradient, x in zip(work.gradients(states.pop()[:-1], dstates[1:]), results, strict=True):
                 tile.store(gradient, x)
         dlog_decay = inputs.decay.own_shape(results.pop()) if need_decay_gradient else None
         dq, dk, dv = results
@@ -165,7 +169,7 @@ class LinearAttentionBackward:
         """For each tile the states before each of its chunks and after the last, [m + 1, H, K, V]."""
         result: list[Tensor] = []
         for index, tile in enumerate(self._inputs.chunking.tiles):
-            work = self._kept[index] if self._kept else TileWork(self._inputs, tile)
+            work = self._kept[index] if self._kept else TileWork(self._inputs, tile, overwrite=True)
             carried = result[-1][-1] if result else None
             _carry_forward(work, work.added_states, carried=carried, entering=entering, leaving=None)
             result.append(work.added_states)
@@ -203,16 +207,16 @@ def _carry_forward(
 ) -> None:
     """Turn what each chunk adds, in 1 ... m of `states` [m + 1, H, K, V], into the states before and after each chunk.
 
-    carried: the last state of the tile before, [H, K, V], for a segment that goes on. entering, leaving [B * N, H, K, V]:
-    the states before each segment (None: zeros) and, written here, those after each (None: not asked for).
+    carried [H, K, V]: the last state of the tile before, for a segment that goes on. entering, leaving
+    [B * N, H, K, V]: the states before each segment (None: zeros) and, written here, after each (None: not asked for).
     """
     rows, through = states.unbind(0), work.decay.factors.through
     for run in work.tile.runs:
-        # Row i is the state before chunk i and after chunk i - 1: what a segment leaves is handed over before it is lost.
+        # Row i is the state before chunk i and after chunk i - 1: a segment's last is copied before the next begins.
         given = _given(entering, run.segment) if run.first else carried
         _set(rows[run.chunk], given)
         for i in range(run.chunk + (given is None), run.stop):
-            _add(rows[i + 1], rows[i], through and through[i])
+            _add(rows[i + 1], rows[i], None if through is None else through[i])
         if run.last and leaving is not None:
             leaving[run.segment].copy_(rows[run.stop])
 
@@ -226,7 +230,7 @@ def _carry_backward(
         given = _given(dleaving, run.segment) if run.last else carried
         _set(rows[run.stop], given)
         for i in reversed(range(run.chunk, run.stop - (given is None))):
-            _add(rows[i], rows[i + 1], through and through[i])
+            _add(rows[i], rows[i + 1], None if through is None else through[i])
         if run.first and dentering is not None:
             dentering[run.segment].copy_(rows[run.chunk])
 

@@ -27,15 +27,15 @@ def contain(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Zero every offender among the queries' tensors [B, T, H(, K)] and the keys' [B, S, G, K]; tell who sees one.
 
-    A query is bad where any of its numbers, or of those of a key that it sees, is not finite; its tensors are zeroed
-    too. One that sees no key here is never bad: nothing is computed for it.
+    A query is bad where any of its numbers, or of those of a key that it sees, is not finite. One that
+    sees no key here is never bad: nothing is computed for it.
     Returns the queries' tensors, the keys' tensors and bad, bool [B, T, H].
     """
     lo, hi = (torch.from_numpy(ends).to(queries[0].device) for ends in (intervals.lo, intervals.hi))
     bad_queries, bad_keys = _offending(queries), _offending(keys)
     bad = bad_queries & (lo < hi)[None, :, None]
     bad |= _any_between(bad_keys, lo, hi).repeat_interleave(bad.shape[2] // bad_keys.shape[2], dim=2)
-    return _zeroed(queries, bad | bad_queries), _zeroed(keys, bad_keys), bad
+    return _zeroed(queries, bad_queries), _zeroed(keys, bad_keys), bad
 
 
 def keys_seen_by(bad: Tensor, intervals: KeyIntervals, groups: int) -> Tensor:

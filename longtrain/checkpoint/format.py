@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import zlib
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -97,7 +97,10 @@ def dtype_name(tensor: Tensor) -> str:
 
 def crc32_of(tensor: Tensor) -> int:
     """Checksum of a CPU tensor's bytes: against damage, not against forgery."""
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensor = tensor.contiguous()
+    size = tensor.numel() * tensor.element_size()
+    # By address: .numpy() would forbid the storage ever to change its size, which FSDP does to gathered weights.
+    return zlib.crc32((ctypes.c_ubyte * size).from_address(tensor.data_ptr())) if size else 0
 
 
 def canonical(content: object) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longtrain.kernels import explain, softmax_attention
 from longtrain.kernels.softmax_attention import apply_sinks, torch_impl
@@ -269,6 +271,28 @@ def test_memory_is_linear_in_the_length():
     for options in cases:
         out, _ = softmax_attention(q, k, v, causal=False, **options)
         torch.autograd.grad(out, [q, k, v], torch.randn_like(out))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest result of any operator."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_tensor_is_larger_than_a_tile(softcap, causal):
+    q, k, v = (torch.randn(1, 1100, 2, 4).requires_grad_() for _ in range(3))
+    with LargestTensor() as largest:
+        out, _ = softmax_attention(q, k, v, causal=causal, softcap=softcap)
+        torch.autograd.grad(out, [q, k, v], torch.randn_like(out))
+    assert q.numel() <= largest.numel <= max(q.numel(), 2 * 256 * 512)
 
 
 def valid() -> dict[str, Any]:

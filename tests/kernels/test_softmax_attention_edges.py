@@ -31,8 +31,9 @@ def use(monkeypatch: pytest.MonkeyPatch):
 
 
 LAYOUTS = {
-    # Packed, windowed: queries of the second document are more than its keys, the third has no keys.
-    "packed": (1, {"window": (6, 0)}, [10, 14, 4, 20], [30, 8, 0, 20]),
+    # Packed, windowed: the first document has queries before its first key, the second keys that nobody sees between
+    # others that are seen, the third no keys.
+    "packed": (1, {"window": (6, 0)}, [14, 10, 4, 20], [8, 30, 0, 20]),
     "rows": (2, {}, [150], [150]),
     "two-sided": (1, {"causal": False, "window": (9, 4)}, [40, 50], [40, 50]),
 }

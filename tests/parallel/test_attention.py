@@ -92,7 +92,7 @@ def whole_inputs(case: Case) -> dict[str, Tensor]:
     k = normal(case.batch, keys, case.groups, case.key_width)
     if case.dominant_keys:
         k *= 10
-        k[:, 1::11] *= torch.linspace(3, 12, k[:, 1::11].shape[1], dtype=k.dtype)[:, None, None]
+        k[:, 1::11] *= torch.linspace(5, 30, k[:, 1::11].shape[1], dtype=k.dtype)[:, None, None]
     return {
         "q": q,
         "k": k,

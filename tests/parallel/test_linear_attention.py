@@ -39,6 +39,8 @@ class Case:
     value_width: int = 4
 
 
+BATCHED = Case(layout="zigzag", decay="channel", batch=2, initial=True, state=True)
+PACKED = Case(layout="zigzag", documents=(0, 5, 12, 20, 29, 37), decay="channel", initial=True, state=True)
 CASES = (
     Case(layout="contiguous", decay=None),
     Case(layout="zigzag", decay=None, initial=True, state=True, scale=0.6),
@@ -46,11 +48,12 @@ CASES = (
     Case(layout="zigzag", decay="head", batch=2, heads=4, groups=1),
     Case(layout="contiguous", decay="token", batch=2, initial=True, state=True),
     Case(layout="zigzag", decay="token", state=True, value_width=7),
+    Case(layout="contiguous", decay="channel", initial=True),
     Case(layout="contiguous", decay="channel", state=True, heads=4, groups=2),
-    Case(layout="zigzag", decay="channel", batch=2, initial=True, state=True),
+    BATCHED,
     # Documents that end inside every rank, on the cuts between ranks, that span several ranks; empty ones.
     Case(layout="contiguous", documents=(0, 5, 12, 20, 29, 37), initial=True, state=True),
-    Case(layout="zigzag", documents=(0, 5, 12, 20, 29, 37), decay="channel", initial=True, state=True),
+    PACKED,
     Case(layout="contiguous", documents=(0, 0, 9, 18, 18, 37), decay="head", initial=True, state=True),
     Case(layout="zigzag", documents=(0, 18, 19, 36, 37), decay="token", heads=4, groups=2, state=True),
     Case(layout="zigzag", documents=(0, 1, 35, 37, 37), decay=None, initial=True, state=True),
@@ -237,7 +240,7 @@ def _check_float32(
 @pytest.mark.parametrize("world", [2, 3])
 def test_float32_loses_what_one_device_loses(world: int) -> None:
     # Beside the slow decays some that forget within a few tokens.
-    cases = CASES + tuple(replace(case, strength=1.0) for case in CASES[4:10])
+    cases = CASES + tuple(replace(case, strength=1.0) for case in CASES[4:11])
     run_distributed(world, _check_float32, cases, truths(cases), truths(cases, torch.float32))
 
 
@@ -252,12 +255,12 @@ def _check_groups(rank: int, world: int, cases: tuple[Case, ...], truth_of: list
 
 
 def test_any_subset_of_the_ranks_is_a_group() -> None:
-    cases = (CASES[7], CASES[8])
+    cases = (BATCHED, PACKED)
     run_distributed(4, _check_groups, cases, truths(cases))
 
 
 def _check_repeats(rank: int, world: int) -> None:
-    for case in CASES[2:10]:
+    for case in CASES[2:11]:
         once, again = (over_ranks(case, torch.float32, world_group()) for _ in range(2))
         for name in once:
             assert torch.equal(once[name], again[name]), (name, case)
@@ -301,7 +304,7 @@ def test_bfloat16_loses_nothing_to_the_scan() -> None:
 
 def _check_containment(rank: int, world: int) -> None:
     # Documents of tokens 0-9, 10-24, 25-36; NaN in the middle one, in head 0 only.
-    case = replace(CASES[9], documents=(0, 10, 25, 37))
+    case = replace(PACKED, documents=(0, 10, 25, 37))
     shard = SequenceShard(case.tokens, world_group(), case.layout, case.documents)
     clean = over_ranks(case, torch.float32, world_group())
     inputs = whole_inputs(case)
@@ -350,6 +353,15 @@ def _check_messages(rank: int, world: int) -> None:
             assert counter.count() == counter.count("all_gather") == (world > 1)
             assert counter.sent_bytes == (world - 1) * (runs + 1) * state
 
+    # Nothing crosses where documents end with the ranks (but the handshake).
+    ends = tuple(range(0, 8 * world + 1, 8))
+    shard = SequenceShard(8 * world, world_group(), cu_seqlens=ends)
+    x = torch.randn(1, 8, 2, 3, requires_grad=True)
+    with count_messages() as counter:
+        out, _ = sequence_parallel_linear_attention(x, x, x, None, shard)
+        out.sum().backward()
+    assert counter.count() == (world > 1)
+
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_one_small_message_a_pass(world: int) -> None:
@@ -393,7 +405,7 @@ def test_an_empty_sequence_passes_the_state_on() -> None:
 
 
 def _check_partial_gradients(rank: int, world: int) -> None:
-    case = CASES[7]
+    case = BATCHED
     shard = SequenceShard(case.tokens, world_group(), case.layout)
     local = local_parts(whole_inputs(case), shard)
     expected = over_ranks(case, torch.float64, world_group())
@@ -463,6 +475,9 @@ def _disagree(rank: int, world: int) -> list[str]:
         lambda: sequence_parallel_linear_attention(x, x, x, decay, shard, return_state=rank == 0),
         lambda: sequence_parallel_linear_attention(x, x, x, decay, shard, initial_state=state if rank else None),
         lambda: sequence_parallel_linear_attention(x, x, x[..., : 2 + rank], decay, shard),
+        lambda: sequence_parallel_linear_attention(
+            x, x, x.requires_grad_(), None, shard, initial_state=state.clone().requires_grad_(rank == 1)
+        ),
     ]
     messages = []
     for call in calls:
@@ -479,6 +494,7 @@ def test_ranks_that_disagree_are_all_told() -> None:
     assert "return_state: rank 0 got True; rank 1 got False" in messages[0][1]
     assert "initial_state: rank 0 got None; rank 1 got given" in messages[0][2]
     assert "v: rank 0 got [1, T_w, 2, 2] float32 on cpu" in messages[0][3]
+    assert "initial_state.requires_grad: rank 0 got False; rank 1 got True" in messages[0][4]
 
 
 def _given() -> dict[str, object]:

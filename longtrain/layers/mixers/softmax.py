@@ -67,6 +67,6 @@ class SoftmaxMixer(Mixer):
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.key_width))
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=2)
-        q = rotate(q, shard.document_positions, base=self.rope_base)
-        k = rotate(k, shard.document_positions, base=self.rope_base)
+        q = rotate(q, shard.document_positions_on(x.device), base=self.rope_base)
+        k = rotate(k, shard.document_positions_on(x.device), base=self.rope_base)
         return self.out(self.attention(q, k, v, shard).flatten(2))
