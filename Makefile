@@ -49,10 +49,10 @@ format: install-test
 	@$(VENV_PYTHON) -m ruff format
 
 install: check-python
-	@$(PYTHON) tools/install.py
+	@$(PYTHON) .ci/install.py
 
 install-test: check-python
-	@$(PYTHON) tools/install.py test
+	@$(PYTHON) .ci/install.py test
 
 check-python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longtrain.errors import UsageError
-from longtrain.launch.local import cores, processes_for, quoted_override
+from longtrain.launch.local import cores, processes_for
 
 if TYPE_CHECKING:
     from longtrain.config import Recipe
@@ -95,6 +95,8 @@ def _setting(recipe: "Recipe", data: int, sequence: int, repeats: int, steps: in
 
 def _run_recipe(recipe: str, overrides: Sequence[str], warm_up: int) -> Measurement:
     """The recipe's own run, as a user starts it, into a folder that is thrown away."""
+    from longtrain.config import quoted_override
+
     with tempfile.TemporaryDirectory(prefix="longtrain-bench-") as folder:
         run_dir = Path(folder) / "run"
         words = ["-m", "longtrain", "train", recipe, *overrides, quoted_override("run_dir", str(run_dir))]

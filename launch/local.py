@@ -7,7 +7,6 @@ neighbours. No rank outlives this process.
 
 import ctypes
 import os
-import re
 import shutil
 import signal
 import socket
@@ -60,13 +59,6 @@ def train_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "longtrain.train", *arguments]
 
 
-def quoted_override(key: str, value: str) -> str:
-    """`key='value'` for Hydra, whatever characters the value holds."""
-    # Backslashes count double before a quote and at the end, and are plain text elsewhere: Hydra's rule.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"{key}='{escaped}'"
-
-
 def run_ranks(
     command: Sequence[str],
     *,
@@ -103,7 +95,8 @@ def run_ranks(
                 ended = _watch(ranks, reports, signals)
             finally:
                 _stop(ranks, signals)
-                _keep_logs(ranks, logs)
+                if not _refused(ranks, reports):
+                    _keep_logs(ranks, logs)
         del store
         if not signals.received and ended:
             return 0
@@ -205,7 +198,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 def _host_store(listener: socket.socket, processes: int) -> Any:
     """Serve the store that the ranks meet at; ranks that connect earlier wait in the socket's queue."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (public, in torch's documentation)
 
     port = listener.getsockname()[1]
     file_descriptor = listener.detach()  # the store owns it from here
@@ -250,6 +243,12 @@ def _signal_group(rank: _Rank, number: signal.Signals) -> None:
         os.killpg(rank.process.pid, number)
     except ProcessLookupError:  # the rank and everything it started have ended
         pass
+
+
+def _refused(ranks: Sequence[_Rank], reports: Path) -> bool:
+    """Whether the ranks refused what the user gave: then nothing is written, least of all into a folder that exists."""
+    failures = (read_failure(reports, rank.number) for rank in ranks)
+    return any(failure is not None and failure.exit_code == 2 for failure in failures)
 
 
 def _keep_logs(ranks: Sequence[_Rank], logs: Path) -> None:

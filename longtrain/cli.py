@@ -85,8 +85,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     """Check a recipe, start one process per GPU (on CPU: launch.processes), and train."""
     from longtrain import run_folder
-    from longtrain.config import compose, degrees
-    from longtrain.launch.local import processes_for, quoted_override, run_ranks, train_command
+    from longtrain.config import compose, degrees, quoted_override
+    from longtrain.launch.local import processes_for, run_ranks, train_command
 
     recipe = compose(arguments.recipe, arguments.overrides)
     processes = processes_for(recipe)

@@ -6,6 +6,7 @@ exist. Whatever cannot work is refused here, in one line, before any process sta
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,8 +182,14 @@ def _with_quotes(text: str) -> str:
         return text
     if value[0] == value[-1] and value[0] in "'\"":
         return text
-    quoted = value.replace("'", "\\'")
-    return f"{key}='{quoted}'"
+    return quoted_override(key, value)
+
+
+def quoted_override(key: str, value: str) -> str:
+    """`key='value'` for Hydra, whatever characters the value holds."""
+    # Backslashes count double before a quote and at the end, and are plain text elsewhere: Hydra's rule.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _keys(kind: type, prefix: str = "") -> dict[str, Any]:

@@ -3,14 +3,13 @@
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from longtrain import plots
 from longtrain.config import Recipe
 from longtrain.data import build_data
-from longtrain.errors import UsageError, report_failure
+from longtrain.errors import UsageError, leave, report_failure
 from longtrain.train import Processes, build_trainer, everywhere, joined, load_recipe, restore
 from longtrain.trainer import Evaluation
 
@@ -54,4 +53,4 @@ def _report(run_dir: Path, evaluation: Evaluation, step: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

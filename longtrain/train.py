@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longtrain import checkpoint, plots, run_folder
 from longtrain.config import Recipe, compose, degrees, from_mapping, to_yaml
 from longtrain.data import VOCABULARY, PackedSequences, build_data, describe
-from longtrain.errors import UsageError, report_failure
+from longtrain.errors import UsageError, leave, report_failure
 from longtrain.metrics import MetricsWriter
 from longtrain.model import Decoder, count_parameters
 from longtrain.parallel import build_mesh
@@ -80,10 +80,9 @@ def joined(recipe: Recipe) -> Iterator[Processes]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
-    try:
-        yield Processes(rank, world, build_mesh(device.type, data=data, sequence=sequence), device)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(rank, world, build_mesh(device.type, data=data, sequence=sequence), device)
+    # Not after a failure: that would wait for the other ranks before anybody is told.
+    dist.destroy_process_group()
 
 
 def train(recipe: Recipe, processes: Processes) -> None:
@@ -292,4 +291,4 @@ def _finish(run_dir: Path, summary: dict[str, Any], evaluation: Evaluation, scre
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,6 +9,7 @@ gathered and then combined in position order: forward for states, backward for t
 Letters: R slots per rank (the most runs that any rank holds, so that all ranks' messages have one size).
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,28 +65,22 @@ def scan_plan(shard: SequenceShard) -> ScanPlan:
             "long ones: move the tensors with shard.relayout(x, shard.with_layout('contiguous'), dim=1), or 'zigzag', "
             "and the result back"
         )
-    starts = np.unique(shard.cu_seqlens)  # where documents start, empty ones dropped; the last entry is the end
+    # Where documents start, empty ones dropped; the last entry is the sequence's end.
+    starts: list[int] = np.unique(shard.cu_seqlens).tolist()
     held = [
         _maximal_runs(layout.runs(rank, shard.world, shard.length, shard.cu_seqlens)) for rank in range(shard.world)
     ]
     runs = [
-        Run(
-            rank=rank,
-            slot=slot,
-            start=start,
-            stop=stop,
-            continues=start not in starts,
-            passes=not ((starts > start) & (starts < stop)).any(),
-        )
+        _run(rank, slot, start, stop, starts=starts)
         for rank, runs_of_rank in enumerate(held)
         for slot, (start, stop) in enumerate(runs_of_rank)
     ]
     offsets, first, last = [0], [], []
     for start, stop in held[shard.rank]:
-        cuts = starts[(starts > start) & (starts < stop)]
         origin = offsets[-1] - start  # local index minus position, within this run
         first.append(len(offsets) - 1)
-        offsets += [*(cuts + origin).tolist(), stop + origin]
+        offsets += [cut + origin for cut in starts[bisect_right(starts, start) : bisect_left(starts, stop)]]
+        offsets.append(stop + origin)
         last.append(len(offsets) - 2)
     return ScanPlan(
         rank=shard.rank,
@@ -139,6 +134,12 @@ def combine_state_gradients(
             own = own + transition(run.rank, run.slot, carried)
         carried = own if run.continues or index == 0 else None
     return leaving, carried
+
+
+def _run(rank: int, slot: int, start: int, stop: int, *, starts: list[int]) -> Run:
+    after = bisect_right(starts, start)  # the first document that starts behind the run's first token
+    continues, passes = starts[after - 1] != start, after == bisect_left(starts, stop)
+    return Run(rank=rank, slot=slot, start=start, stop=stop, continues=continues, passes=passes)
 
 
 def _maximal_runs(runs: np.ndarray) -> list[tuple[int, int]]:

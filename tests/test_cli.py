@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from longtrain import __version__
 from longtrain.cli import main
+from longtrain.config import quoted_override
 from longtrain.launch import local
-from longtrain.launch.local import quoted_override
 
 
 @dataclass
@@ -95,6 +95,15 @@ def test_train_refuses_in_one_line_before_any_process_starts(
     assert shown.err.startswith("longtrain: ") and all(name in shown.err for name in names)
     assert not started
     assert os.listdir() == []  # nothing half-written
+
+
+def test_train_refuses_degrees_that_do_not_fit_the_gpus(
+    started: list[Started], capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert main(["train", "quickstart", "launch.processes=3", "parallel.sequence=3"]) == 2
+    assert "divide the 4 processes" in capsys.readouterr().err
+    assert not started
 
 
 def test_a_traceback_on_request(started: list[Started], capsys, monkeypatch: pytest.MonkeyPatch):

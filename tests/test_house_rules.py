@@ -54,7 +54,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 
 
 def environment_is_read_at_the_entry_points(path: str, tree: ast.Module) -> Iterator[str]:
-    if path in ENTRY_POINTS or path.startswith("launch/") or path.startswith(("tests/", "tools/")):
+    if path in ENTRY_POINTS or path.startswith("launch/") or path.startswith(("tests/", ".ci/")):
         return
     for name, line in names_used(tree):
         if re.match(r"os\.(environb?|getenvb?|putenv)\b", name):
@@ -123,7 +123,7 @@ RULES: list[Rule] = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_house_rule(rule: Rule):
     broken = []
-    for path in files(*FOLDERS, "tests", "tools"):
+    for path in files(*FOLDERS, "tests", ".ci"):
         broken += rule(path, ast.parse((ROOT / path).read_text(encoding="utf-8")))
     assert not broken, "\n".join(broken)
 

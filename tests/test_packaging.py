@@ -100,6 +100,11 @@ def test_a_folder_named_like_an_inner_one_is_not_imported(installed: Path, tmp_p
     run(installed / "bin" / "python", "-c", f"import {modules}", cwd=tmp_path)
 
 
+def test_types_are_checked_in_every_room():
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["basedpyright"]["include"]
+    assert {"longtrain", *(f"longtrain/{room}" for room in ROOMS if room != "recipes")} <= set(include)
+
+
 def test_extras_and_ranges():
     """Ranges in pyproject.toml, exact versions in constraints.txt; torch with the triton that it needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -89,12 +89,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> N
     checks.floating("v", v, "[B, T, H, V]")
     batch, tokens, heads, _ = v.shape
     checks.sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[:2] != v.shape[:2] or x.shape[3] != q.shape[3] or x.shape[3] < 1:
-            expected = f"[B, T, G, K] with v's B = {batch}, T = {tokens} and one K >= 1 for q and k"
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+    for name, x, width in (("q", q, None), ("k", k, q.shape[3])):
         if x.shape[2] < 1 or heads % x.shape[2]:
             raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
+        checks.sizes(name, x, (batch, tokens, None, width), "[B, T, G, K], with v's B and T and one K for q and k,")
     if log_decay is not None:
         _check_log_decay(log_decay, q, v)
     checks.same_device(q=q, k=k, v=v, log_decay=log_decay)
@@ -103,7 +101,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> N
 def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
     forms = ((v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], q.shape[3]))
     meaning = "[H], [B, T, H] or [B, T, H, K]"
-    checks.floating("log_decay", log_decay, meaning, dimensions=(1, 3, 4))
+    if not isinstance(log_decay, Tensor):
+        raise ValueError(f"log_decay: got {type(log_decay).__name__}, expected None or a tensor {meaning}")
+    if log_decay.dtype not in checks.FLOATS:
+        raise ValueError(f"log_decay: got dtype {log_decay.dtype}, expected float64, float32, bfloat16 or float16")
     if tuple(log_decay.shape) not in forms:
         expected = " or ".join(str(list(form)) for form in forms)
         raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meaning}: {expected}")

@@ -173,9 +173,9 @@ class Decay:
         if log_decay is None:
             self._between = torch.ones(size, size, dtype=dtype, device=device).tril_()[None, None]
         elif log_decay.ndim == 1:
-            g = log_decay.to(torch.float64).clamp(min=_STRONGEST)  # 0 * -inf is not 0
-            powers = torch.exp(g[:, None] * torch.arange(size + 1, device=device)).to(dtype)  # [H, C + 1]
-            powers[:, 0].fill_(1)  # also where g is NaN
+            steps = torch.arange(size + 1, device=device)
+            powers = torch.exp(log_decay[:, None].to(torch.float64) * steps).to(dtype)  # [H, C + 1]
+            powers[:, 0].fill_(1)  # 0 * -inf is not 0
             backwards = powers[:, :-1].flip(1)
             # Row i of `between` is a window into C-1 ... 1, 0 and then zeros: it begins with power i.
             self._between = F.pad(backwards, (0, size - 1)).unfold(1, size, 1).flip(1)[None]

@@ -105,8 +105,10 @@ def _merge(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
 def _forward_native(
     q: Tensor, k: Tensor, v: Tensor, intervals: KeyIntervals, *, scale: float, out: Tensor, lse: Tensor
 ) -> None:
+    # q takes the scale: the kernel rounds scale * score in forward, but in backward fuses it into the exponent,
+    # scale * score - lse, and with an lse of some hundreds that difference costs a digit.
     width, value_width, groups = max(q.shape[3], v.shape[3]), v.shape[3], k.shape[2]
-    q, k, v = (_padded(x, width) for x in (q, k, v))
+    q, k, v = (_padded(x, width) for x in (q * scale, k, v))
     calls = _calls([q, out, lse], [k, v], groups)
     for tile in intervals.tiles:
         mask, unseeing = _additive_mask(intervals, tile, q)
@@ -117,7 +119,7 @@ def _forward_native(
                 v_call[:, :, tile.keys].expand(-1, q_call.shape[1], -1, -1),
                 is_causal=tile.kind == "diagonal",
                 attn_mask=mask,
-                scale=scale,
+                scale=1.0,
             )
             if unseeing is not None:
                 tile_lse.masked_fill_(unseeing, -torch.inf)  # the kernel says 0 where a query sees no key
@@ -146,7 +148,7 @@ def _backward_native(
         out = torch.cat([out, -dlse[..., None]], dim=-1)
         dout = torch.cat([dout, torch.ones_like(dlse)[..., None]], dim=-1)
     padded = max(width, out.shape[3])
-    q, k, v, out, dout = (_padded(x, padded) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = (_padded(x, padded) for x in (q * scale, k, v, out, dout))
     calls = _calls([q, out, lse, dout, dq], [k, v, dk, dv], groups)
     for tile in intervals.tiles:
         rows, keys = tile.rows, tile.keys
@@ -162,9 +164,9 @@ def _backward_native(
                 0.0,
                 tile.kind == "diagonal",
                 attn_mask=mask,
-                scale=scale,
+                scale=1.0,
             )
-            dq_call[:, :, rows].add_(tile_dq[..., :width])
+            dq_call[:, :, rows].add_(tile_dq[..., :width], alpha=scale)
             # Heads that share a key head each bring their part of its gradient.
             dk_call[:, :, keys].add_(_summed(tile_dk[..., :width], dk_call))
             dv_call[:, :, keys].add_(_summed(tile_dv[..., :value_width], dv_call))

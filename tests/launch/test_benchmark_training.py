@@ -1,6 +1,8 @@
 """`longtrain bench training`: both sides in turn, the best of each, and no number before the same losses."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,13 @@ def test_measures_a_real_recipe(capsys):
     assert re.search(r"longtrain / bare loop: \d+\.\d{3}\n", shown)
 
 
-def test_passes_on_what_a_side_refuses(capsys):
-    assert main(["bench", "training", "quickstart", "data=text", "data.path=/nowhere"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_passes_on_what_a_side_says(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'longtrain: data.path: nothing there' >&2\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert main(["bench", "training", "quickstart", *TINY]) == 2
+    assert capsys.readouterr().err == "longtrain: data.path: nothing there\n"
+    python.write_text("#!/bin/sh\necho 'boom' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="exit code 1:\nboom"):
+        main(["bench", "training", "quickstart", *TINY])

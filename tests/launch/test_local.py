@@ -207,6 +207,15 @@ def test_under_another_launcher_a_shared_users_error_comes_from_rank_0_alone(tmp
     assert said == {(False, "0"): line, (False, "1"): line, (True, "0"): line, (True, "1"): ""}
 
 
+def test_leaving_runs_exit_handlers_and_writes_everything(tmp_path: Path):
+    code = (
+        "import atexit, threading, time\nfrom longtrain.errors import leave\natexit.register(print, 'handler')\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\nprint('printed')\nleave(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "printed\nhandler\n", "")
+
+
 def test_a_rank_that_reported_but_does_not_leave_is_stopped(ranks, capfd):
     body = """
         if rank == 1:

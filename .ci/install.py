@@ -1,7 +1,7 @@
 """Makes .venv and installs longtrain into it, unless what is there is still right.
 
-    python3 tools/install.py          # what training needs
-    python3 tools/install.py test     # and the extra `test`
+    python3 .ci/install.py          # what training needs
+    python3 .ci/install.py test     # and the extra `test`
 
 An installation is right while pyproject.toml, constraints.txt, Python's version and the folder are those it was made
 with, every package it asks for is there, and no file of a package is missing. After a change pip brings it up to date;
@@ -47,7 +47,6 @@ def main(extras: list[str]) -> int:
     if known == wanted and is_whole(wanted):
         print(f"==> {VENV.name}: the installation is still right", flush=True)
         return 0
-    STAMP.unlink(missing_ok=True)
     if usable() and not install(wanted):
         return 1
     if not is_whole(wanted):

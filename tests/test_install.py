@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tools/install.py for a copy of this checkout's metadata, with a .venv that borrows this Python's packages."""
-    spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
+    """.ci/install.py for a copy of this checkout's metadata, with a .venv that borrows this Python's packages."""
+    spec = importlib.util.spec_from_file_location("install", ROOT / ".ci" / "install.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -95,9 +95,11 @@ def test_a_broken_environment_is_made_anew(install: ModuleType, commands: list[s
 def test_a_failed_installation_is_not_taken_for_a_right_one(
     install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(install.subprocess, "call", lambda command, **options: 1)
-    assert install.main(["test"]) == 1
-    assert not install.STAMP.exists()
+    with monkeypatch.context() as broken:
+        broken.setattr(install.subprocess, "call", lambda command, **options: 1)
+        assert install.main(["test"]) == 1
+    assert commands == []
+    assert install.main(["test"]) == 0 and commands == ["pip .[test]"]
 
 
 def test_an_unreadable_stamp_is_no_stamp(install: ModuleType, commands: list[str]):
