@@ -19,7 +19,7 @@ from longtrain.config import Recipe, compose
 from longtrain.data import IGNORE, VOCABULARY, PackedSequences, build_data
 from longtrain.errors import report_failure
 from longtrain.model import Decoder
-from longtrain.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from longtrain.optimizer import Optimizers, learning_rate_factor
 from longtrain.parallel import SequenceShard
 
 
@@ -43,7 +43,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     with device:
         model = Decoder(recipe.model, recipe.layers, vocabulary=VOCABULARY, recompute=recipe.memory.recompute)
-    optimizer = build_optimizer(recipe.optimizer, model)
+    optimizers = Optimizers(recipe.optimizer, model)
     losses, seconds = [], []
     for step in range(1, recipe.trainer.steps + 1):
         start = time.perf_counter()
@@ -56,10 +56,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             loss.backward()
             total += float(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), recipe.trainer.clip)
-        rate = recipe.optimizer.learning_rate * learning_rate_factor(recipe.schedule, step, recipe.trainer.steps)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.step(learning_rate_factor(recipe.schedule, step, recipe.trainer.steps))
         losses.append(total)
         seconds.append(time.perf_counter() - start)
     tokens_per_step = recipe.trainer.sequences * recipe.data.length

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.errors import UsageError
+from longtrain.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW ("Decoupled Weight Decay Regularization") or plain SGD."""
+    """AdamW ("Decoupled Weight Decay Regularization"), Muon for the blocks' matrices beside it, or plain SGD."""
 
     name: str = "adamw"
     learning_rate: float = 3e-4
+    matrix_learning_rate: float = 0.02
+    momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -48,51 +51,73 @@ def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float
     return config.floor + (1 - config.floor) * left
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over the model's weights; vectors (norms) and embeddings are not decayed."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-    plain = [p for name, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in name)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+class Optimizers:
+    """The optimizers of a model, each over its own weights, behind one face.
 
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by name, ``optimizer.<kind>.<parameter>``, made (zero) where no step was taken yet.
-
-    Tensors are the optimizer's own: writing into them restores it.
+    ``adamw`` and ``sgd`` take all weights; vectors (norms) and embeddings are not decayed. ``muon`` gives the matrices
+    inside the blocks to Muon and leaves embedding, head and norms to AdamW, as its authors advise.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return {}
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            # Fused AdamW keeps its step count on the parameter's device, everything else expects float32 scalars too.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors |= {f"optimizer.{kind}.{name}": value for kind, value in state.items()}
-    return tensors
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module) -> None:
+        self.model = model
+        named = list(model.named_parameters())
+        matrices = {name for name, p in named if p.ndim >= 2 and "embedding" not in name}
+        for_muon = {name for name in matrices if "blocks." in name} if config.name == "muon" else set()
+        decayed = [p for name, p in named if name in matrices - for_muon]
+        plain = [p for name, p in named if name not in matrices]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        rate = config.learning_rate
+        if config.name == "sgd":
+            self.parts: list[tuple[torch.optim.Optimizer, float]] = [(torch.optim.SGD(groups, lr=rate), rate)]
+            return
+        adamw = torch.optim.AdamW(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.parts = [(adamw, rate)]
+        if for_muon:
+            rate = config.matrix_learning_rate
+            weights = [p for name, p in named if name in for_muon]
+            muon = Muon(weights, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay)
+            self.parts.append((muon, rate))
+
+    def step(self, rate_factor: float) -> None:
+        """Move the weights, at each optimizer's peak rate times ``rate_factor``; drop gradients."""
+        for optimizer, peak in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate_factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, ``optimizer.<kind>.<parameter>``, made (zero) where no step was taken yet.
+
+        Tensors are the optimizers' own: writing into them restores it.
+        """
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {}
+        for optimizer, _ in self.parts:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = optimizer.state[parameter]
+                if not state and isinstance(optimizer, torch.optim.AdamW):
+                    # Fused AdamW keeps its step count on the parameter's device, as a float32 scalar.
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                elif not state and isinstance(optimizer, Muon):
+                    state["momentum"] = torch.zeros_like(parameter)
+                tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in state.items()}
+        return tensors
 
 
 def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:
     """Refuse names and numbers that cannot work, naming the recipe's key."""
-    if optimizer.name not in ("adamw", "sgd"):
-        raise UsageError(f"optimizer.name: got {optimizer.name!r}, expected 'adamw' or 'sgd'")
+    if optimizer.name not in ("adamw", "muon", "sgd"):
+        raise UsageError(f"optimizer.name: got {optimizer.name!r}, expected 'adamw', 'muon' or 'sgd'")
     if schedule.name not in ("cosine", "wsd"):
         raise UsageError(f"schedule.name: got {schedule.name!r}, expected 'cosine' or 'wsd'")
     for key, value, low, high in (
         ("optimizer.learning_rate", optimizer.learning_rate, 0.0, math.inf),
+        ("optimizer.matrix_learning_rate", optimizer.matrix_learning_rate, 0.0, math.inf),
+        ("optimizer.momentum", optimizer.momentum, 0.0, 1.0),
         ("optimizer.beta1", optimizer.beta1, 0.0, 1.0),
         ("optimizer.beta2", optimizer.beta2, 0.0, 1.0),
         ("optimizer.eps", optimizer.eps, 0.0, math.inf),

@@ -21,14 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from longtrain.data import IGNORE, PackedSequences
-from longtrain.optimizer import (
-    OptimizerConfig,
-    ScheduleConfig,
-    build_optimizer,
-    learning_rate_factor,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from longtrain.optimizer import OptimizerConfig, Optimizers, ScheduleConfig, learning_rate_factor
 from longtrain.parallel import SequenceShard
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +108,7 @@ class Trainer:
         self.sequence_group = mesh.get_group("sequence")
         self.data_degree, self.world = mesh["data"].size(), mesh.size()
         self.model = _shard_weights(model, blocks, mesh, PRECISIONS[config.precision])
-        self.optimizer = build_optimizer(optimizer, self.model)
+        self.optimizers = Optimizers(optimizer, self.model)
         self.step = 0
         self.position = 0  # sequences of `data` used so far
 
@@ -133,17 +126,15 @@ class Trainer:
             total += loss.detach()
         norm = self._clip()
         self.step += 1
-        rate = self.peak_rate * learning_rate_factor(self.schedule, self.step, self.config.steps)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        factor = learning_rate_factor(self.schedule, self.step, self.config.steps)
+        self.optimizers.step(factor)
         self.position += self.config.sequences
         dist.all_reduce(total)
         return StepResult(
             step=self.step,
             loss=float(total) / max(valid, 1),
             gradient_norm=norm,
-            learning_rate=rate,
+            learning_rate=self.peak_rate * factor,
             tokens=self.config.sequences * self.data.length,
             seconds=time.perf_counter() - start,
         )
@@ -198,7 +189,7 @@ class Trainer:
             if isinstance(module, FSDPModule):
                 module.reshard()
         weights: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        return weights | optimizer_tensors(self.optimizer, self.model)
+        return weights | self.optimizers.tensors()
 
     def numbers(self) -> dict[str, int]:
         """Everything else that a checkpoint holds. Data and schedule are pure functions of these."""

@@ -51,7 +51,8 @@ def attend_backward(
     """Gradients of `attend` for dout [m, H, C, V]."""
     if decay.between is not None and v.device.type == "cpu":
         gradients = _attend_matrix_backward(q, k, v, dout, decay.between, need_decay_gradient=need_decay_gradient)
-        if _finite(gradients.dq, gradients.dk, gradients.dv):
+        # Both see dout, and between them q, k, v and whatever overflows in a product.
+        if _finite(gradients.dk, gradients.dv):
             return gradients
     q, k = per_head(q, v.shape[1]), per_head(k, v.shape[1])
     return _attend_halving_backward(q, k, v, dout, decay.halvings, need_decay_gradient=need_decay_gradient)

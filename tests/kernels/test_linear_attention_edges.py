@@ -37,12 +37,13 @@ def carried(log_transition: Tensor, state: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("cut", [0, 1, 64, 99, 150])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_two_pieces_joined_by_their_summaries_are_one(decay, cut, staged, monkeypatch):
+def test_two_pieces_joined_by_their_summaries_are_one(decay, cut, groups, staged, monkeypatch):
     """As two ranks, or two runs of one rank, would do it: only summaries pass between the pieces."""
     monkeypatch.setattr(chunking, "_CPU_TILE", 30_000)  # several tiles
-    this = problem(decay, documents=[150], batch=2)
+    this = problem(decay, heads=(4, groups), documents=[150], batch=2)
     (q, k, v, g), initial, dout, dfinal = double(this)
     whole, one, two = (np.array(x) for x in ([0, 150], [0, cut, 150], [0, 150]))
     out, final = LinearAttentionForward(q, k, v, g, whole, scale=0.7).finish(initial)
