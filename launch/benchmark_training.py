@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longtrain.errors import UsageError
-from longtrain.launch.local import cores, processes_for
+from longtrain.launch.local import KEEP_MEMORY, cores, processes_for
 
 if TYPE_CHECKING:
     from longtrain.config import Recipe
@@ -110,7 +110,7 @@ def _run_recipe(recipe: str, overrides: Sequence[str], warm_up: int) -> Measurem
 
 def _run_bare_loop(recipe: str, overrides: Sequence[str], warm_up: int) -> Measurement:
     words = ["-m", "longtrain.bare_loop", "--config-name", recipe, *overrides]
-    result = json.loads(_run(words, {"OMP_NUM_THREADS": str(cores())}).splitlines()[-1])
+    result = json.loads(_run(words, {"OMP_NUM_THREADS": str(cores()), **KEEP_MEMORY}).splitlines()[-1])
     seconds = result["seconds"][warm_up:]
     return Measurement(result["losses"], result["tokens"] * len(seconds) / sum(seconds))
 

@@ -31,6 +31,9 @@ SETTLE = 0.5  # seconds in which other ranks' failures are gathered after one is
 GRACE = 5.0  # seconds that a rank has to end after SIGTERM, before SIGKILL
 LOG_LINES = 20  # of a rank that ended without a report
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# glibc hands large blocks back to the system when they are freed and gets them again, page by page and zeroed, at the
+# next step; a training loop does better to keep them (measured: 5 % of the quickstart's step).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 def processes_for(recipe: "Recipe") -> int:
@@ -148,6 +151,8 @@ def _rank_environment(environment: Mapping[str, str] | None, *, rank: int, proce
     variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if sys.platform == "linux":
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # every rank is here, whatever the host's name resolves to
+    for name, value in KEEP_MEMORY.items():
+        variables.setdefault(name, value)
     return variables | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
