@@ -16,6 +16,7 @@ import numpy as np
 
 # Below these sizes a call costs more than the arithmetic that it saves (measured on one CPU core, H = 4, K = 64).
 _SHORTEST_RUN = 32  # queries in a run that gets tiles of its own
+_LONGEST_DIAGONAL = 256  # queries in a diagonal tile: kernels compute the invisible half of one this small too
 _BLOCK = 128  # queries in a masked tile, at most
 _LARGE_INTERIOR = 1 << 16  # pairs of a block's queries and the keys that all of them see: worth an unmasked tile
 _CHEAP_WASTE = 4096  # invisible pairs in a masked tile that cost no more than a second call
@@ -147,8 +148,19 @@ def _tiles(lo: np.ndarray, hi: np.ndarray) -> Iterator[Tile]:
             continue
         if start < end - 1:
             yield Tile(rows, slice(start, end - 1), "full")
-        yield Tile(rows, slice(end - 1, end - 1 + stop - first), "diagonal")
+        yield from _diagonals(first, end - 1, stop - first)
     yield from _blocks(lo, hi, area, done, lo.size)
+
+
+def _diagonals(row: int, key: int, size: int) -> Iterator[Tile]:
+    """A diagonal of `size` queries as small diagonals with full tiles below them."""
+    if size <= _LONGEST_DIAGONAL:
+        yield Tile(slice(row, row + size), slice(key, key + size), "diagonal")
+        return
+    half = -(-size // 128) * 64  # whole rows of blocks inside a kernel
+    yield from _diagonals(row, key, half)
+    yield Tile(slice(row + half, row + size), slice(key, key + half), "full")
+    yield from _diagonals(row + half, key + half, size - half)
 
 
 def _runs(lo: np.ndarray, hi: np.ndarray) -> Iterator[tuple[int, int, bool]]:

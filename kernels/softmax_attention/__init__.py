@@ -193,8 +193,7 @@ class _SoftmaxAttention(torch.autograd.Function):
             dv=dv,
             backend=ctx.options.backend,
         )
-        needed = zip((dq, dk, dv), (q, k, v), ctx.needs_input_grad, strict=False)
-        return *(gradient.to(x.dtype) if need else None for gradient, x, need in needed), None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

@@ -27,8 +27,8 @@ def contain(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Zero every offender among the queries' tensors [B, T, H(, K)] and the keys' [B, S, G, K]; tell who sees one.
 
-    A query is bad where any of its numbers, or of those of a key that it sees, is not finite. One that
-    sees no key here is never bad: nothing is computed for it.
+    A query is bad where any of its numbers, or of those of a key that it sees, is not finite. One that sees
+    no key here is never bad: nothing is computed for it.
     Returns the queries' tensors, the keys' tensors and bad, bool [B, T, H].
     """
     lo, hi = (torch.from_numpy(ends).to(queries[0].device) for ends in (intervals.lo, intervals.hi))

@@ -67,7 +67,7 @@ def backward(
     if intervals.area == 0 or dq.numel() == 0:
         return
     q, k, v = q.to(dq.dtype), k.to(dq.dtype), v.to(dq.dtype)
-    # A query that sees nothing anywhere: its weights are masked, and exp(score - 0) spares the mask an inf - inf.
+    # The lse of a query that sees nothing anywhere is no offender: with 0 it does not set off the containment below.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     bad = None
     if not all_finite(q, k, v, out, lse, dout, dlse):
@@ -173,12 +173,11 @@ def _backward_native(
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    """x [B, T, H, K] with zeros behind K up to `width`, and vectors that are dense and lie apart.
+    """x [B, T, H, K] with zeros behind K up to `width`, and that dimension dense in memory.
 
-    The native kernel wants K = V, and hands strides on to matrix products: vectors that overlap (expanded over T) or
-    are not dense give wrong numbers there, not an error.
+    The native kernel wants K = V, and takes the last stride for 1: another gives wrong numbers there, not an error.
     """
-    if x.shape[-1] == width and x.stride(-1) == 1 and x.stride(1) >= width:
+    if x.shape[-1] == width and x.stride(-1) == 1:
         return x
     padded = x.new_zeros((*x.shape[:-1], width))  # (functional.pad and cat may choose another order in memory)
     padded[..., : x.shape[-1]] = x

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtrain.kernels.intervals import KeyIntervals, Tile, visible_keys
+from longtrain.kernels.intervals import KeyIntervals, visible_keys
 from tests.kernels.dense import offsets, sees
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5)
@@ -100,10 +100,13 @@ def test_tiles_of_few_keys_are_not_lost(lo, hi):
     assert (covered(intervals) == ((lo[:, None] <= key) & (key < hi[:, None]))).all()
 
 
-def test_one_causal_document_is_one_tile():
-    ends = np.arange(1000, dtype=np.int64)
-    intervals = KeyIntervals(np.zeros_like(ends), ends + 1, 1000)
-    assert intervals.tiles == (Tile(slice(0, 1000), slice(0, 1000), "diagonal"),)
+@pytest.mark.parametrize(("length", "tiles"), [(200, 1), (256, 1), (257, 3), (1000, 7)])
+def test_a_causal_document_is_a_few_tiles(length, tiles):
+    ends = np.arange(length, dtype=np.int64)
+    intervals = KeyIntervals(np.zeros_like(ends), ends + 1, length)
+    assert len(intervals.tiles) == tiles and {tile.kind for tile in intervals.tiles} <= {"diagonal", "full"}
+    assert all(tile.rows.stop - tile.rows.start <= 256 for tile in intervals.tiles if tile.kind == "diagonal")
+    assert (covered(intervals) == np.tri(length, dtype=bool)).all()
     assert intervals.tiles is intervals.tiles  # searched once
 
 
