@@ -152,6 +152,4 @@ class _LinearAttention(torch.autograd.Function):
                 need_decay_gradient=ctx.needs_input_grad[3],
                 need_state_gradient=ctx.needs_input_grad[4],
             )
-        gradients.append(None if dinitial is None else dinitial.to(initial_state.dtype))
-        needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *(gradient if need else None for gradient, need in needed), None
+        return *gradients, None if dinitial is None else dinitial.to(initial_state.dtype), None

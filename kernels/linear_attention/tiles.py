@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longtrain.kernels.linear_attention.chunking import Tile, chunked
-from longtrain.kernels.linear_attention.decay import Decay, TileDecay
+from longtrain.kernels.linear_attention.decays import Decay, TileDecay
 from longtrain.kernels.linear_attention.within_chunk import (
     Gradients,
     attend,
@@ -158,6 +158,11 @@ class TileWork:
             dlog.append(gradient)
         dq = _add_times(local.dq, dreaders, factors.from_start).mul_(self._inputs.scale)
         return [dq, _add_times(local.dk, dwritten, factors.to_end), local.dv, *dlog]
+
+    def forget_inputs(self) -> None:
+        """Free what was loaded. A later stage loads again what it needs, which takes no longer than keeping it."""
+        for name in ("q", "k", "v", "dout", "readers", "written"):
+            self.__dict__.pop(name, None)
 
     def _scaled(self, x: Tensor, factor: Tensor | None) -> Tensor:
         x = per_head(x, self._inputs.heads)

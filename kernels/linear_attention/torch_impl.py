@@ -1,6 +1,6 @@
 """Linear attention by chunks, as matrix products: constant time per token, memory linear in T.
 
-With the letters of `decay.py`, for chunk m with state S_m before it:
+With the letters of `decays.py`, for chunk m with state S_m before it:
 
     o_i     = S_m^T (q_i exp(prefix_i)) + sum_{j <= i} (q_i . k_j exp(between_ij)) v_j            (within_chunk.py)
     S_{m+1} = exp(total) S_m + sum_j (k_j exp(suffix_j)) v_j^T
@@ -54,6 +54,7 @@ class LinearAttentionForward:
         states = self._inputs.zero_states()
         for work in self._kept:
             _sum_up(work.tile.runs, work.added_states[1:].unbind(0), work.decay.factors.through, states)
+            work.forget_inputs()
         return self._inputs.decay.log_transition(), self._inputs.by_row(states)
 
     def local(self) -> None:
@@ -61,6 +62,7 @@ class LinearAttentionForward:
         self._keep()
         for work in self._kept:
             _ = work.local_out
+            work.forget_inputs()
 
     def finish(self, initial_state: Tensor | None, *, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
         """The outputs [B, T, H, V], in q's dtype, and the states after each segment [B, N, H, K, V].
@@ -114,6 +116,7 @@ class LinearAttentionBackward:
         dstates = self._inputs.zero_states()
         for work in reversed(self._kept):
             _sum_up(work.tile.runs, work.added_gradients[:-1].unbind(0), work.decay.factors.through, dstates, step=-1)
+            work.forget_inputs()
         return self._inputs.by_row(dstates)
 
     def log_transition(self) -> Tensor:
@@ -129,6 +132,7 @@ class LinearAttentionBackward:
         for work in self._kept:
             work.need_decay_gradient = need_decay_gradient
             _ = work.added_states, work.local_gradients
+            work.forget_inputs()
 
     def finish(
         self,

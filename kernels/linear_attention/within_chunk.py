@@ -3,8 +3,8 @@
     o_i = sum_{j <= i} (q_i . k_j exp(between_ij)) v_j       (the decay stands inside the product if it is per channel)
 
 *The matrix form*, for one decay per head: all scores of a chunk in one product, times exp(between), which is 0 where
-j > i. Fastest, but 0 * NaN is NaN there, so a NaN or inf also reaches tokens before it. It is tried first where a
-look at the result costs nothing (on a CPU), and what comes out with a NaN or inf is computed again by
+j > i. Fastest, but 0 * NaN is NaN there, so a NaN or inf also reaches tokens before it. It is tried first where a look
+at the result costs little (on a CPU), and what comes out with a NaN or inf is computed again by
 
 *the halving form*: the chunk's two halves, with the second reading the first; then each half likewise, down to single
 tokens (`Halvings`). No masks, no exponents above 0, decays per channel, and a NaN stays with those who see it.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtrain.kernels.linear_attention.decay import Halvings, LevelGradients, TileDecay, lower, upper
+from longtrain.kernels.linear_attention.decays import Halvings, LevelGradients, TileDecay, lower, upper
 
 
 class Gradients(NamedTuple):
@@ -38,7 +38,7 @@ def per_head(x: Tensor, heads: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, decay: TileDecay) -> Tensor:
     """Outputs [m, H, C, V] of the chunks' tokens from their own chunks."""
-    if decay.between is not None and v.device.type == "cpu":
+    if decay.between is not None:
         out = _attend_matrix(q, k, v, decay.between)
         if _finite(out):
             return out
@@ -49,7 +49,7 @@ def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, decay: TileDecay, *, need_decay_gradient: bool
 ) -> Gradients:
     """Gradients of `attend` for dout [m, H, C, V]."""
-    if decay.between is not None and v.device.type == "cpu":
+    if decay.between is not None:
         gradients = _attend_matrix_backward(q, k, v, dout, decay.between, need_decay_gradient=need_decay_gradient)
         # Both see dout, and between them q, k, v and whatever overflows in a product.
         if _finite(gradients.dk, gradients.dv):

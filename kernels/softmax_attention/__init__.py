@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from longtrain.kernels import checks
 from longtrain.kernels.dispatch import choose_backend
 from longtrain.kernels.intervals import KeyIntervals, visible_keys
+from longtrain.kernels.precision import without_autocast
 from longtrain.kernels.softmax_attention import reference, torch_impl
 
 __all__ = ["apply_sinks", "attention_backward", "attention_forward", "softmax_attention"]
@@ -98,7 +99,8 @@ def attention_forward(
     """
     backend = choose_backend("softmax_attention", backend, device=q.device)
     forward = {"reference": reference.forward, "torch": torch_impl.forward}[backend]
-    forward(q, k, v, intervals, scale=scale, softcap=softcap, out=out, lse=lse)
+    with without_autocast(q.device):
+        forward(q, k, v, intervals, scale=scale, softcap=softcap, out=out, lse=lse)
 
 
 def attention_backward(
@@ -126,9 +128,9 @@ def attention_backward(
     """
     backend = choose_backend("softmax_attention", backend, device=q.device)
     backward = {"reference": reference.backward, "torch": torch_impl.backward}[backend]
-    backward(
-        q, k, v, intervals, out=out, lse=lse, dout=dout, dlse=dlse, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
-    )
+    options = {"scale": scale, "softcap": softcap}
+    with without_autocast(q.device):
+        backward(q, k, v, intervals, out=out, lse=lse, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, **options)
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

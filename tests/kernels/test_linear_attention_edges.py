@@ -19,6 +19,7 @@ from longtrain.kernels.linear_attention import (
     chunking,
     within_chunk,
 )
+from longtrain.kernels.linear_attention.decays import Decay
 from tests.kernels.test_linear_attention import Problem, fill_empty_with_nan, problem  # noqa: F401 (a fixture)
 
 DECAYS = ["none", "head", "token", "channel"]
@@ -99,6 +100,28 @@ def test_infinite_decays_sum_up(decay):
         assert (carried(logs, initial)[:, 1:] == 0).all()
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_stages_without_tokens(decay):
+    """As on a rank that holds none: N is 0."""
+    this = problem(decay, documents=[0], batch=1)
+    (q, k, v, g), _, dout, _ = double(this)
+    forward = LinearAttentionForward(q, k, v, g, np.array([0]), scale=1.0)
+    logs, states = forward.summaries()
+    forward.local()
+    out, final = forward.finish(states)
+    assert final is not None and out.shape == v.shape and states.shape == final.shape == (1, 0, 4, 5, 9)
+    assert logs.shape == (1, 0, 4, 5 if decay == "channel" else 1)
+    backward = LinearAttentionBackward(q, k, v, g, np.array([0]), dout, scale=1.0)
+    dstates = backward.summaries()
+    need = decay != "none"
+    backward.local(need_decay_gradient=need)
+    assert backward.log_transition().shape == logs.shape and dstates.shape == states.shape
+    *gradients, dinitial = backward.finish(states, dstates, need_decay_gradient=need)
+    assert dinitial is not None and dinitial.shape == states.shape
+    for gradient, x in zip(gradients, (q, k, v, g), strict=True):
+        assert gradient is None if x is None else gradient is not None and gradient.shape == x.shape
+
+
 @pytest.mark.parametrize("strength", ["mixed", "forgets"])
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_strong_decays_stay_on_the_fast_path(decay, strength, monkeypatch):
@@ -107,6 +130,19 @@ def test_strong_decays_stay_on_the_fast_path(decay, strength, monkeypatch):
     monkeypatch.setattr(within_chunk, "_attend_halving", None)
     monkeypatch.setattr(within_chunk, "_attend_halving_backward", None)
     this.solve(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 150, 4), (1, 150, 4, 8)])
+def test_factors_are_never_denormal(shape):
+    """A CPU multiplies such numbers many times more slowly."""
+    values = torch.zeros(1, 150, 4, 8)
+    cut = chunking.chunked(np.array([0, 150]), rows=1, heads=4, key_width=8, value_width=8, on_cpu=True)
+    decay = Decay(torch.full(shape, -1.4), values, cut, dtype=torch.float32).of(cut.tiles[0])
+    levels = [x for level in decay.halvings.levels for x in (level.rise, level.fall)]
+    assert decay.factors.through is not None
+    factors = [decay.between, decay.factors.from_start, decay.factors.to_end, *decay.factors.through, *levels]
+    for x in factors:
+        assert x is None or ((x == 0) | (x > 1e-31)).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -133,15 +169,16 @@ def test_nan_and_inf_stay_with_those_who_depend_on_them(decay, bad, monkeypatch)
 
 
 class Work(TorchDispatchMode):
-    """How many operators run, and the size of their largest result."""
+    """How many operators run, which, and the size of their largest result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.largest = 0, 0
+        self.calls, self.largest, self.names = 0, 0, set[str]()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.calls += 1
+        self.names.add(func.name())
         self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
         return result
 
@@ -242,7 +279,7 @@ def test_packed_documents_are_one_row():
 
 
 def test_devices_are_made_to_wait_only_where_asked():
-    """Reading log_decay would fail on this device without numbers, as it would wait on one that is busy."""
+    """Reading a number would fail on this device without numbers, as it would wait on one that is busy."""
     q, k, v, dout = (torch.randn(2, 130, 4, 8, device="meta") for _ in range(4))
     offsets = np.array([0, 30, 130])
     for shape in ((4,), (2, 130, 4), (2, 130, 4, 8)):
@@ -250,8 +287,10 @@ def test_devices_are_made_to_wait_only_where_asked():
         check_inputs(q, k, v, g)
         with debug.checks(), pytest.raises(RuntimeError, match="meta"):
             check_inputs(q, k, v, g)
-        out, state = LinearAttentionForward(q, k, v, g, offsets, scale=1.0).finish(None)
-        assert state is not None and out.shape == v.shape and state.shape == (2, 2, 4, 8, 8)
-        backward = LinearAttentionBackward(q, k, v, g, offsets, dout, scale=1.0)
-        dlog_decay = backward.finish(None, state, need_decay_gradient=True)[3]
-        assert dlog_decay is not None and dlog_decay.shape == g.shape
+        with Work() as done:
+            out, state = LinearAttentionForward(q, k, v, g, offsets, scale=1.0).finish(None)
+            assert state is not None and out.shape == v.shape and state.shape == (2, 2, 4, 8, 8)
+            backward = LinearAttentionBackward(q, k, v, g, offsets, dout, scale=1.0)
+            dlog_decay = backward.finish(None, state, need_decay_gradient=True)[3]
+            assert dlog_decay is not None and dlog_decay.shape == g.shape
+        assert "aten::cumsum" not in done.names  # which CUDA refuses under torch.use_deterministic_algorithms

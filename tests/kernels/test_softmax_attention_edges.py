@@ -210,3 +210,15 @@ def test_halves_merge_in_float32(implementation, use):
     for x, y in zip((out, lse, *gradients.values()), (true, true_lse, *found), strict=True):
         assert x.dtype == torch.float32
         assert (x - y).abs().max() <= 5e-6 * y.abs().max()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_autocast_changes_nothing(softcap: float | None) -> None:
+    q, k, v = (torch.randn(1, 40, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    dout = torch.randn(1, 40, 4, 8)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, lse = softmax_attention(q, k, v, softcap=softcap)
+            results.append([out, lse, *torch.autograd.grad(out, (q, k, v), dout)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -125,15 +125,16 @@ def test_lightning_is_the_papers_recurrence() -> None:
     x, _ = inputs()
     q, k, v, gate = (x[0] @ mixer.qkvg.weight.T).chunk(4, dim=1)  # type: ignore[union-attr, operator]
     q, k = F.silu(q), F.silu(k)
-    # Slopes 2^-2, 2^-4, 2^-6, 2^-8 for 4 heads, halved in the middle one of three layers.
-    decay = torch.exp(-torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64) * (0.5 + 1e-5))
+    # Slopes 2^-2, 2^-4, 2^-6, 2^-8 for 4 heads, two thirds of them in the second of three layers.
+    decay = torch.exp(-torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64) * (2 / 3))
     wanted = torch.zeros(LENGTH, 32, dtype=torch.float64)
     for head in range(4):
         part, state = slice(8 * head, 8 * head + 8), torch.zeros(8, 8, dtype=torch.float64)
         for t in range(LENGTH):
             state = decay[head] * state + torch.outer(k[t, part], v[t, part])
             wanted[t, part] = 8**-0.5 * q[t, part] @ state
-    wanted = wanted / (wanted.square().mean(1, keepdim=True) + 1e-6).sqrt() * torch.sigmoid(gate)
+    by_head = wanted.unflatten(1, (4, 8))
+    wanted = (by_head / (by_head.square().mean(2, keepdim=True) + 1e-6).sqrt()).flatten(1) * torch.sigmoid(gate)
     found = mixer(x, SequenceShard(length=LENGTH))[0]
     torch.testing.assert_close(found, wanted @ mixer.out.weight.T, rtol=0, atol=1e-8)  # type: ignore[union-attr, operator]
 
@@ -152,11 +153,18 @@ def test_attention_module_has_the_functions_numbers() -> None:
     assert torch.equal(out, sequence_parallel_attention(q, k, v, shard, sinks=sinks, **options)[0])
 
 
-def test_swiglu_is_its_equation() -> None:
-    mlp = SwiGLU(8, 12)
-    x = torch.randn(1, 5, 8)
+def test_swiglu_and_its_gradient_are_the_equations() -> None:
+    torch.manual_seed(5)
+    mlp = SwiGLU(8, 12).double()
+    x, dy = torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    x.requires_grad_()
     gate, up = mlp.gate_up.weight[:12], mlp.gate_up.weight[12:]
-    torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
+    wanted = (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T
+    weights = [x, *mlp.parameters()]
+    found = mlp(x)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(torch.autograd.grad(found, weights, dy), torch.autograd.grad(wanted, weights, dy), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_patterns_repeat_over_depth() -> None:

@@ -12,6 +12,7 @@ a difference is much cheaper: that is done in float64, with strong decays clampe
 -inf work, a strong decay costs its neighbours no precision, and a NaN reaches only the sums that contain it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain.kernels.linear_attention.chunking import Chunking, Tile
+
+# Where `between` is used as a matrix (never for decays per channel). It makes 0 * NaN, which only a CPU can be asked
+# about without waiting; and CUDA has no deterministic running sums, which its gradient needs.
+_MATRIX_DEVICES = ("cpu",)
 
 # exp of it is 0 in float64 too, and 64 times it, in float64, leaves its neighbours exact to 1e-11.
 _STRONGEST = -1000.0
@@ -37,13 +42,19 @@ class Factors(NamedTuple):
 class TileDecay:
     """The decays of one tile, each part computed when first asked for.
 
-    load: gives the log-decays [m, H, C, 1 or K]. factors, between: what is known without looking at them.
+    load: gives the log-decays [m, H, C, 1 or K]. matrix: whether `between` is wanted. factors, between: what is known
+    without looking at the log-decays.
     """
 
     def __init__(
-        self, load: Callable[[], Tensor], *, factors: Factors | None = None, between: Tensor | None = None
+        self,
+        load: Callable[[], Tensor],
+        *,
+        matrix: bool,
+        factors: Factors | None = None,
+        between: Tensor | None = None,
     ) -> None:
-        self._load, self._factors, self._between = load, factors, between
+        self._load, self._matrix, self._factors, self._between = load, matrix, factors, between
 
     @cached_property
     def log(self) -> Tensor:
@@ -58,23 +69,23 @@ class TileDecay:
     def factors(self) -> Factors:
         if self._factors is not None:
             return self._factors
-        if self.log.shape[-1] == 1:
+        if self._matrix:
             log = self.log.squeeze(-1)
             prefix = log.cumsum(-1)
             suffix = F.pad(_sums_from(log, -1)[..., 1:], (0, 1))
             prefix, suffix, total = prefix[..., None], suffix[..., None], prefix[..., -1, None]
         else:
             prefix, suffix, total = self.halvings.prefix, self.halvings.suffix, self.halvings.total
-        return Factors(prefix.exp(), suffix.exp(), total.exp()[..., None].unbind(0))
+        return Factors(_exp(prefix), _exp(suffix), _exp(total)[..., None].unbind(0))
 
     @cached_property
     def between(self) -> Tensor | None:
-        """exp(between) [m or 1, H or 1, C, C], 0 for j > i; None with a decay per channel, which has no such matrix."""
-        if self._between is not None or self.log.shape[-1] > 1:
+        """exp(between) [m or 1, H or 1, C, C], 0 for j > i; None where `halvings` are to be used instead."""
+        if not self._matrix or self._between is not None:
             return self._between
         sums = self.log.squeeze(-1).to(torch.float64).clamp_(min=_STRONGEST).cumsum(-1)
         between = (sums[..., :, None] - sums[..., None, :]).to(self.log.dtype)
-        return between.clamp_(max=0).exp_().tril_()  # above the diagonal the clamp keeps exp from overflowing
+        return _exp(between.clamp_(max=0)).tril_()  # above the diagonal the clamp keeps exp from overflowing
 
     @property
     def total(self) -> Tensor:
@@ -128,7 +139,7 @@ class Halvings:
         half = 1
         while half < size:
             first, second = lower(self.suffix, half), upper(self.prefix, half)  # sums within each half so far
-            self.levels.append(Level(half, second.exp(), first.exp()))
+            self.levels.append(Level(half, _exp(second), _exp(first)))
             total = total.reshape(-1, 2, width)
             second += total[:, :1]
             first += total[:, 1:]
@@ -169,16 +180,18 @@ class Decay:
         self._log_decay = log_decay[..., None] if log_decay is not None and log_decay.ndim == 3 else log_decay
         self._values, self._chunking, self._dtype = values, chunking, dtype
         self.width = log_decay.shape[3] if log_decay is not None and log_decay.ndim == 4 else 1
+        self._matrix = self.width == 1 and values.device.type in _MATRIX_DEVICES
         size, device = chunking.size, values.device
-        if log_decay is None:
-            self._between = torch.ones(size, size, dtype=dtype, device=device).tril_()[None, None]
-        elif log_decay.ndim == 1:
+        self._between = None
+        if log_decay is None and self._matrix:
+            self._between = torch.ones(size, size, dtype=dtype).tril_()[None, None]
+        elif log_decay is not None and log_decay.ndim == 1:
             steps = torch.arange(size + 1, device=device)
-            powers = torch.exp(log_decay[:, None].to(torch.float64) * steps).to(dtype)  # [H, C + 1]
+            powers = _exp(log_decay[:, None].to(torch.float64) * steps, dtype)  # [H, C + 1]
             powers[:, 0].fill_(1)  # 0 * -inf is not 0
             backwards = powers[:, :-1].flip(1)
-            # Row i of `between` is a window into C-1 ... 1, 0 and then zeros: it begins with power i.
-            self._between = F.pad(backwards, (0, size - 1)).unfold(1, size, 1).flip(1)[None]
+            if self._matrix:  # row i is a window into the powers C-1 ... 1, 0 and then zeros: it begins with power i
+                self._between = F.pad(backwards, (0, size - 1)).unfold(1, size, 1).flip(1)[None]
             self._from_start = powers[None, :, 1:, None]
             self._to_end = backwards[None, ..., None]
             self._powers = powers[..., None, None].unbind(1)
@@ -189,6 +202,7 @@ class Decay:
         if log_decay is None:
             return TileDecay(
                 lambda: self._fixed_log(tile, torch.zeros((), dtype=self._dtype, device=self._values.device)),
+                matrix=self._matrix,
                 factors=Factors(None, None, None),
                 between=self._between,
             )
@@ -203,17 +217,18 @@ class Decay:
                     through[run.stop - 1] = self._powers[run.rest]
             return TileDecay(
                 lambda: self._fixed_log(tile, log_decay.to(self._dtype)),
+                matrix=self._matrix,
                 factors=Factors(self._from_start, to_end, through),
                 between=self._between,
             )
-        return TileDecay(lambda: tile.load(log_decay, self._dtype))
+        return TileDecay(lambda: tile.load(log_decay, self._dtype), matrix=self._matrix)
 
     def log_transition(self) -> Tensor:
         """The sum of log_decay over each segment, [B, N, H, 1 or K]. It may be -inf: add it, never subtract it."""
         log_decay, lengths = self._log_decay, self._chunking.lengths
         rows, _, heads, _ = self._values.shape
-        if log_decay is None:
-            return self._values.new_zeros((rows, len(lengths), heads, 1), dtype=self._dtype)
+        if log_decay is None or not len(lengths):
+            return self._values.new_zeros((rows, len(lengths), heads, self.width), dtype=self._dtype)
         if log_decay.ndim == 1:
             g = log_decay.to(self._dtype)
             sums = [g * length if length else torch.zeros_like(g) for length in lengths.tolist()]
@@ -239,6 +254,15 @@ class Decay:
             if run.rest:
                 log[run.stop - 1, :, run.rest :] = 0
         return log
+
+
+def _exp(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(x) in `dtype`, but 0 where that is so small (4e-31 in float32) that products with it would be denormal.
+
+    Such numbers make a CPU five times slower. What has decayed that far is below any rounding of what has not.
+    """
+    smallest = 0.8 * math.log(torch.finfo(dtype or x.dtype).tiny)
+    return F.threshold(x, smallest, -torch.inf).exp_().to(dtype or x.dtype)
 
 
 def _sums_from(x: Tensor, dim: int) -> Tensor:
