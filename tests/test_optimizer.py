@@ -41,46 +41,58 @@ def test_orthogonalised_keeps_singular_vectors_and_evens_values_out(shape: tuple
     assert (orthogonalised(torch.zeros(shape)) == 0).all()
 
 
-def steps(weight: Tensor, gradients: list[Tensor]) -> Tensor:
-    optimizer = Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.2)
-    for gradient in gradients:
-        weight.grad = gradient
+def steps(weights: list[nn.Parameter], gradients: list[list[Tensor]]) -> None:
+    optimizer = Muon(weights, lr=0.1, momentum=0.9, weight_decay=0.2)
+    for of_step in gradients:
+        for weight, gradient in zip(weights, of_step, strict=True):
+            weight.grad = gradient
         optimizer.step()
-    return weight.detach()
 
 
-def data() -> tuple[Tensor, list[Tensor]]:
+SHAPES = [(7, 4), (2, 9), (6, 6), (1, 3), (12, 5)]  # more rows than ranks and fewer, divisible and not
+
+
+def data() -> tuple[list[Tensor], list[list[Tensor]]]:
     generator = torch.Generator().manual_seed(1)
-    weight, *gradients = (torch.randn(7, 4, generator=generator) for _ in range(4))
-    return weight, gradients
+    weights, *gradients = ([torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(4))
+    return weights, gradients
 
 
-def sharded_steps(rank: int, world: int) -> Tensor:
+def plain_steps() -> list[Tensor]:
+    weights, gradients = data()
+    parameters = [nn.Parameter(weight.clone()) for weight in weights]
+    steps(parameters, gradients)
+    return [parameter.detach() for parameter in parameters]
+
+
+def sharded_steps(rank: int, world: int) -> list[Tensor]:
     mesh = init_device_mesh("cpu", (world,))
-    weight, gradients = (distribute_tensor(data()[0], mesh, [Shard(0)]), data()[1])
-    parameter = nn.Parameter(weight)
-    return steps(parameter, [distribute_tensor(g, mesh, [Shard(0)]) for g in gradients]).full_tensor()  # type: ignore[attr-defined]
+    weights, gradients = data()
+    parameters = [nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])) for weight in weights]
+    steps(parameters, [[distribute_tensor(g, mesh, [Shard(0)]) for g in of_step] for of_step in gradients])
+    return [parameter.full_tensor().detach() for parameter in parameters]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_muon_is_the_same_on_sharded_weights(world: int) -> None:
-    weight, gradients = data()
-    wanted = steps(nn.Parameter(weight.clone()), gradients)
+    wanted = plain_steps()
     for found in run_distributed(world, sharded_steps):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_follows_torchs_own() -> None:
-    weight, gradients = data()
-    found = steps(nn.Parameter(weight.clone()), gradients) - weight
-    theirs = nn.Parameter(weight.clone())
-    optimizer = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.2)
-    for gradient in gradients:
-        theirs.grad = gradient.clone()
+    weights, gradients = data()
+    theirs = [nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.2)
+    for of_step in gradients:
+        for parameter, gradient in zip(theirs, of_step, strict=True):
+            parameter.grad = gradient.clone()
         optimizer.step()
-    wanted = theirs.detach() - weight
-    # torch's iterates in bfloat16, whose steps are 2^-8.
-    assert (found - wanted).norm() / wanted.norm() < 5 * 2**-8
+    for found, their, weight in zip(plain_steps(), theirs, weights, strict=True):
+        step, wanted = found - weight, their.detach() - weight
+        # torch's iterates in bfloat16, whose steps are 2^-8.
+        assert (step - wanted).norm() / wanted.norm() < 5 * 2**-8
 
 
 def test_muon_refuses_vectors() -> None:
