@@ -103,13 +103,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint on held-out text, on as many processes as the run would get here."""
+    from longtrain.config import read_run
     from longtrain.launch.local import processes_for, run_ranks
-    from longtrain.train import load_recipe
 
     command = [sys.executable, "-m", "longtrain.evaluation", str(arguments.run)]
     if arguments.sequences is not None:
         command += ["--sequences", str(arguments.sequences)]
-    processes = processes_for(load_recipe(arguments.run))
+    processes = processes_for(read_run(arguments.run))
     return run_ranks(command, processes=processes, logs=arguments.run / "logs")
 
 

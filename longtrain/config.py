@@ -22,18 +22,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import longtrain.recipes
+from longtrain import run_folder
 from longtrain.data import DataConfig
 from longtrain.errors import UsageError
 from longtrain.layers.pattern import LayersConfig, nearest, plan_layers, type_name
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
+from longtrain.parallel.attention import STRATEGIES
 from longtrain.parallel.layouts import layout_named
 from longtrain.trainer import PRECISIONS, TrainerConfig
 
 RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
 ENGINES = ("fsdp",)
-STRATEGIES = ("auto", "ring")
 # Any mapping of options is allowed here; the mixers themselves check it.
 FREE = ("layers.mixers",)
 
@@ -95,10 +96,40 @@ def compose(recipe: str, overrides: typing.Sequence[str] = ()) -> Recipe:
             # A recipe outside the package still starts from base.yaml and may use its groups.
             search_path = [] if folder == RECIPES else [f"hydra.searchpath=[file://{RECIPES}]"]
             composed = hydra_compose(name, overrides=[*checked, *search_path])
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise UsageError(f"recipe {recipe}: {_first_line(error)}") from error
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        about = _first_line(error) or "it cannot be read"
+        raise UsageError(f"recipe {recipe}: {about}; a recipe starts with defaults: [base, _self_]") from error
+    OmegaConf.set_struct(composed, False)  # a recipe that leaves base.yaml out has no such key yet
     composed.recipe = name
+    given = [str(OverridesParser.create().parse_overrides([text])[0].key_or_group) for text in checked]
+    if "resume" in given and composed.get("resume") is not None:
+        composed = _resumed(composed, given)
     return from_mapping(composed)
+
+
+def read_run(run_dir: Path) -> Recipe:
+    """The recipe that a run folder was made with; UsageError where the folder or its config.yaml is not a run's."""
+    text = run_folder.read_config(run_dir)
+    try:
+        saved = OmegaConf.create(text)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"{run_dir / 'config.yaml'} is damaged: {_first_line(error)}") from error
+    if not isinstance(saved, DictConfig) or not saved:
+        raise UsageError(f"{run_dir / 'config.yaml'} is damaged: it holds no keys")
+    return from_mapping(saved)
+
+
+def _resumed(composed: DictConfig, given: list[str]) -> DictConfig:
+    """The configuration of the run to go on with, with only those keys changed that the command line gives."""
+    run_dir = Path(composed.resume)
+    saved = OmegaConf.create(dataclasses.asdict(read_run(run_dir)))
+    if saved.recipe != composed.recipe:
+        raise UsageError(f"resume: {run_dir} was made from recipe {saved.recipe}, not {composed.recipe}")
+    if "run_dir" in given and composed.run_dir != composed.resume and composed.run_dir != saved.run_dir:
+        raise UsageError(f"run_dir: got {composed.run_dir!r} with resume={run_dir}; a resumed run stays in its folder")
+    for key in given:
+        OmegaConf.update(saved, key, OmegaConf.select(composed, key), force_add=True)
+    return saved
 
 
 def from_mapping(composed: DictConfig) -> Recipe:
@@ -107,7 +138,8 @@ def from_mapping(composed: DictConfig) -> Recipe:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise UsageError(f"{error.full_key}: {_first_line(error)}") from error
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict):
+        raise UsageError("recipe: got a list, expected keys and values")
     _refuse_unknown(plain, Recipe, "")
     schema = OmegaConf.structured(Recipe)
     _make_writable(schema)
@@ -139,11 +171,13 @@ def _make_writable(node: DictConfig) -> None:
 
 def _find(recipe: str) -> tuple[Path, str]:
     path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix == ".yml":
+        raise UsageError(f"recipe: got {recipe}, rename it to end in .yaml")
+    if path.suffix == ".yaml":
         if not path.is_file():
             raise UsageError(f"recipe: no file {recipe}")
         return path.resolve().parent, path.stem
-    if not (RECIPES / f"{recipe}.yaml").is_file():
+    if path.name != recipe or not (RECIPES / f"{recipe}.yaml").is_file():
         names = recipe_names()
         raise UsageError(
             f"recipe: no {recipe!r}{nearest(recipe, names)}; there are {', '.join(names)}, or a .yaml file"
@@ -159,6 +193,8 @@ def _checked_override(text: str) -> str:
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"{text}: expected key=value, such as trainer.steps=100") from error
     key = str(override.key_or_group)
+    if not key or override.package is not None:
+        raise UsageError(f"{text}: expected key=value, such as trainer.steps=100")
     if override.is_sweep_override():
         raise UsageError(f"{key}: got {text!r}, several values at once; give one (quote text that holds a comma)")
     if override.is_delete():
@@ -178,6 +214,8 @@ def _checked_override(text: str) -> str:
 def _with_quotes(text: str) -> str:
     """Quote a value that is text: a path may hold what Hydra's grammar gives a meaning (``=``, brackets, commas)."""
     key, equals, value = text.partition("=")
+    if value in (".inf", "-.inf", ".nan"):  # as YAML writes them; Hydra's command line has no dot
+        return f"{key}={value.replace('.', '')}"
     if _keys(Recipe).get(key.lstrip("+")) not in (str, str | None) or not equals or value in ("", "null"):
         return text
     if value[0] == value[-1] and value[0] in "'\"":
@@ -228,6 +266,10 @@ def _refuse_unknown(given: dict[Any, Any], kind: type, prefix: str) -> None:
 def _check(recipe: Recipe) -> None:
     """Refuse what has the right type and still cannot work."""
     _at_least("seed", recipe.seed, 0)
+    _at_most("seed", recipe.seed, 2**63 - 1)
+    for key, value in (("run_dir", recipe.run_dir), ("resume", recipe.resume)):
+        if value == "":
+            raise UsageError(f"{key}: got an empty name, expected a folder (null: none given)")
     _one_of("engine", recipe.engine, ENGINES)
     _one_of("memory.recompute", recipe.memory.recompute, RECOMPUTE_POLICIES)
     _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
@@ -240,6 +282,10 @@ def _check(recipe: Recipe) -> None:
     _at_least("model.width", recipe.model.width, 1)
     _at_least("model.depth", recipe.model.depth, 1)
     _at_least("launch.timeout", recipe.launch.timeout, 1)
+    _at_most("launch.timeout", recipe.launch.timeout, 1e6)
+    _at_least("model.norm_eps", recipe.model.norm_eps, 0)
+    _at_most("model.norm_eps", recipe.model.norm_eps, 1)
+    _at_most("model.width", recipe.model.width, 2**20)
     for key in ("model.mlp_width", "parallel.sequence", "parallel.data", "launch.processes"):
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)
@@ -317,6 +363,11 @@ def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
 def _at_least(key: str, value: float, least: float) -> None:
     if not value >= least:
         raise UsageError(f"{key}: got {value}, expected {least} or more")
+
+
+def _at_most(key: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise UsageError(f"{key}: got {value}, expected {most} or less")
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 FAILURE_FOLDER = "LONGTRAIN_FAILURE_FOLDER"  # environment variable of a rank: where its launcher looks for its failure
+RANK_0_SPEAKS = 10.0  # seconds that the other ranks leave rank 0 to say what is wrong with all of them
 TRACEBACK = "LONGTRAIN_TRACEBACK"  # environment variable: 1 shows the traceback of a user's error too
 
 
@@ -68,6 +69,9 @@ def report_failure(error: BaseException, *, environment: Mapping[str, str], on_a
     launcher_prints = folder is not None and rank == 0
     if not launcher_prints and (rank == 0 or folder is not None or not on_all_ranks):
         print(text, end="", file=sys.stderr, flush=True)
+    elif not launcher_prints:
+        # Rank 0 says it. Launchers stop all ranks as soon as one has left, so let it be the first to leave.
+        time.sleep(RANK_0_SPEAKS)
     return exit_code_of(error)
 
 

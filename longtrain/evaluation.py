@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longtrain import plots
-from longtrain.config import Recipe
+from longtrain.config import Recipe, read_run
 from longtrain.data import build_data
 from longtrain.errors import UsageError, leave, report_failure
-from longtrain.train import Processes, build_trainer, everywhere, joined, load_recipe, restore
+from longtrain.train import Processes, build_trainer, everywhere, joined, restore
 from longtrain.trainer import Evaluation
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="added by deepspeed's launcher; not needed")
     arguments = parser.parse_args(argv)
     try:
-        recipe = load_recipe(arguments.run)
+        recipe = read_run(arguments.run)
         sequences = recipe.trainer.evaluate_sequences if arguments.sequences is None else arguments.sequences
         if sequences < 1:
             raise UsageError(f"--sequences: got {sequences}, expected 1 or more")

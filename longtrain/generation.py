@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from longtrain import checkpoint
+from longtrain.config import read_run
 from longtrain.data import BOUNDARY, VOCABULARY, decode, encode
 from longtrain.errors import UsageError, report_failure
 from longtrain.model import Decoder
 from longtrain.parallel import SequenceShard
-from longtrain.train import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.tokens < 1 or arguments.temperature < 0:
-            raise UsageError("--tokens must be 1 or more and --temperature 0 or more")
+        if arguments.tokens < 1:
+            raise UsageError(f"--tokens: got {arguments.tokens}, expected 1 or more")
+        if arguments.temperature != 0 and not 1e-3 <= arguments.temperature <= 1e3:
+            raise UsageError(f"--temperature: got {arguments.temperature}, expected 0, or from 0.001 to 1000")
+        if not 0 <= arguments.seed < 2**63:
+            raise UsageError(f"--seed: got {arguments.seed}, expected a whole number from 0 to 2^63 - 1")
         model, length = load_model(arguments.run)
         sys.stdout.write(arguments.prompt)
         tokens = generate(
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_model(run_dir: Path) -> tuple[Decoder, int]:
     """The model of a run's newest checkpoint, whole and in evaluation mode, and the length it was trained on."""
-    recipe = load_recipe(run_dir)
+    recipe = read_run(run_dir)
     folder = checkpoint.latest(run_dir)
     if folder is None:
         raise UsageError(f"run: {run_dir} has no checkpoint yet")

@@ -20,11 +20,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain import checkpoint, plots, run_folder
-from longtrain.config import Recipe, compose, degrees, from_mapping, to_yaml
+from longtrain.config import Recipe, compose, degrees, to_yaml
 from longtrain.data import VOCABULARY, PackedSequences, build_data, describe
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.metrics import MetricsWriter
@@ -146,21 +145,18 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
     """Load the newest checkpoint of a run; returns the seconds trained so far."""
     folder = checkpoint.latest(run_dir)
     if folder is None:
-        raise UsageError(f"resume: {run_dir} has no checkpoint yet; start it anew")
+        raise UsageError(f"{run_dir} has no checkpoint yet; train it first")
     numbers = checkpoint.load(folder, into=trainer.tensors())
     if numbers["data"] != trainer.data.fingerprint:
         raise UsageError(
             f"resume: {folder} was trained on other data, another data.length or another seed; give the keys it was "
             f"started with ({run_dir / 'config.yaml'})"
         )
+    if numbers["step"] > trainer.config.steps:
+        steps = f"{folder} is at step {numbers['step']}; expected as many or more"
+        raise UsageError(f"trainer.steps: got {trainer.config.steps}, but {steps}")
     trainer.restore(numbers)
     return float(numbers["seconds"])
-
-
-def load_recipe(run_dir: Path) -> Recipe:
-    """The recipe that a run folder was made with."""
-    run_folder.open_existing(run_dir)
-    return from_mapping(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[arg-type]
 
 
 def _with_strategy(recipe: Recipe) -> Any:
@@ -187,6 +183,7 @@ def _open_run(recipe: Recipe, processes: Processes) -> Path:
     if recipe.resume is not None:
         run_dir = Path(recipe.resume)
         run_folder.open_existing(run_dir)
+        run_folder.write_config(run_dir, to_yaml(dataclasses.replace(recipe, run_dir=str(run_dir), resume=None)))
         return run_dir
     run_dir = Path(recipe.run_dir) if recipe.run_dir is not None else run_folder.default_name(recipe.recipe)
     run_folder.create(run_dir)

@@ -28,6 +28,9 @@ from longtrain.parallel.agreement import agree, check_shard, check_tokens, shard
 from longtrain.parallel.communication import RingExchange, accumulation_dtype, same_group
 from longtrain.parallel.shard import SequenceShard
 
+STRATEGIES = ("auto", "ring")
+"""The strategies that run."""
+
 Window = tuple[int | None, int | None] | None
 
 
@@ -244,7 +247,7 @@ def _empty_blocks(like: Sequence[Tensor], options: RingOptions, step: int) -> Se
 
 
 def _check_strategy(strategy: str, ulysses_degree: int | None) -> None:
-    if strategy not in ("auto", "ring"):
+    if strategy not in STRATEGIES:
         known = "is not there yet" if strategy in ("allgather", "ulysses", "mesh") else "does not exist"
         raise ValueError(f"strategy: got {strategy!r}, which {known}; what works is 'ring', also as 'auto'")
     if ulysses_degree is not None:

@@ -70,7 +70,7 @@ def test_train_keeps_a_given_run_folder(started: list[Started]):
 
 def test_train_resumes_in_the_same_folder(started: list[Started], tmp_path: Path):
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.yaml").touch()
+    (tmp_path / "old" / "config.yaml").write_text("recipe: quickstart\nlaunch: {processes: 2}\n")
     assert main(["train", "quickstart", "resume=old"]) == 0
     assert started[0].logs == Path("old/logs")
     assert not any(word.startswith("run_dir") for word in started[0].command)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from longtrain.config import RECIPES, compose, degrees, from_mapping, recipe_names, to_yaml
+from longtrain.config import RECIPES, compose, degrees, from_mapping, read_run, recipe_names, to_yaml
 from longtrain.errors import UsageError
+from longtrain.run_folder import create, write_config
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -86,6 +87,14 @@ REFUSED = [
     (["~trainer.steps"], "trainer.steps", "removed"),
     (["trainer.steps=1,2"], "trainer.steps", "several values"),
     (["trainer.steps"], "trainer.steps", "key=value"),
+    (["=3"], "=3", "key=value"),
+    (["data@x=text"], "data@x", "key=value"),
+    (["layers.mixers.softmax.strategy=foo"], "layers.mixers.softmax.strategy", "'foo'", "ring"),
+    (["seed=99999999999999999999999"], "seed", "or less"),
+    (["launch.timeout=.inf"], "launch.timeout", "inf", "or less"),
+    (["model.norm_eps=-1"], "model.norm_eps", "-1", "0 or more"),
+    (["model.norm_eps=.nan"], "model.norm_eps", "nan"),
+    (["run_dir=''"], "run_dir", "empty"),
 ]
 
 
@@ -121,6 +130,53 @@ def test_recipe_files_of_ones_own_are_checked_too(tmp_path: Path, text: str, par
     with pytest.raises(UsageError) as refusal:
         compose(str(path))
     assert all(part in str(refusal.value) for part in parts) and "\n" not in str(refusal.value)
+
+
+def test_unusual_recipe_files(tmp_path: Path) -> None:
+    assert compose(str(write(tmp_path / "bare.yaml", b"trainer: {steps: 2}\n"))).trainer.steps == 2
+    for name, content, part in (
+        ("binary.yaml", b"\xff\xfe\x00", "defaults: [base, _self_]"),
+        ("wrong.yaml", b"defaults: [bas]", "defaults: [base, _self_]"),
+        ("short.yml", b"trainer: {steps: 2}", ".yaml"),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            compose(str(write(tmp_path / name, content)))
+        assert part in str(refusal.value)
+    with pytest.raises(UsageError, match="no '../recipes/quickstart'"):
+        compose("../recipes/quickstart")
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_yamls_infinity_works_on_the_command_line() -> None:
+    assert compose("quickstart", ["trainer.clip=.inf"]).trainer.clip == float("inf")
+
+
+def made_run(folder: Path, *overrides: str) -> Path:
+    create(folder)
+    write_config(folder, to_yaml(compose("quickstart", overrides)))
+    return folder
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_the_given_ones(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "optimizer.learning_rate=0.5", "data.length=77", "trainer.steps=9")
+    recipe = compose("quickstart", [f"resume={run}", "trainer.steps=12"])
+    assert (recipe.optimizer.learning_rate, recipe.data.length, recipe.trainer.steps) == (0.5, 77, 12)
+    with pytest.raises(UsageError, match="run_dir: got 'elsewhere'"):
+        compose("quickstart", [f"resume={run}", "run_dir=elsewhere"])
+    with pytest.raises(UsageError, match="resume: .*quickstart, not base"):
+        compose("base", [f"resume={run}"])
+
+
+@pytest.mark.parametrize("content", ["[1,2", "- a", ""])
+def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, content: str) -> None:
+    run = made_run(tmp_path / "run")
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.yaml is damaged"):
+        read_run(run)
 
 
 def test_a_recipe_file_of_ones_own_starts_from_base_and_its_groups(tmp_path: Path) -> None:

@@ -52,8 +52,15 @@ def test_a_finished_run_can_be_extended(tmp_path: Path, whole: dict[int, float])
     run_dir = tmp_path / "run"
     constant = ["schedule.name=wsd", "schedule.decay=0", "schedule.warmup=0"]
     train("trainer.steps=4", f"run_dir={run_dir}", *constant)
-    train("trainer.steps=6", f"resume={run_dir}", *constant)
+    # Nothing but the change is typed again: the run folder knows the rest.
+    resume = [*LONGTRAIN, "train", "quickstart", f"resume={run_dir}"]
+    ended = run_command([*resume, "trainer.steps=6"], timeout=120)
+    assert ended.returncode == 0, ended.stdout
     assert sorted(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
+    assert "steps: 6" in (run_dir / "config.yaml").read_text()
+    ended = run_command([*resume, "trainer.steps=5"], timeout=120)
+    assert (ended.returncode, ended.stdout.count("\n")) == (2, 1)
+    assert ended.stdout.startswith("longtrain: trainer.steps: got 5")
 
 
 def test_killing_a_rank_ends_the_command_and_names_it_and_the_checkpoint_resumes(
