@@ -77,16 +77,16 @@ def attention_window(window: object) -> tuple[int | None, int | None] | None:
         raise ValueError(f"window: got {window!r}, expected None or a pair (left, right)")
     left, right = window
     for side in (left, right):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int | np.integer) or side < 0):
             raise ValueError(f"window: got {window!r}, expected counts >= 0 or None (unlimited) in the pair")
-    return left, right
+    return None if left is None else int(left), None if right is None else int(right)
 
 
 def number(name: str, value: object, *, positive: bool = False) -> float | None:
     """The number as a float; refuses what is not finite (and, where asked, not above 0). None passes."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
         raise ValueError(f"{name}: got {value!r}, expected a finite number or None")
     if positive and value <= 0:
         raise ValueError(f"{name}: got {value!r}, expected a number above 0 or None")

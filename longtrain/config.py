@@ -45,6 +45,7 @@ class ParallelConfig:
 
     sequence: int | None = None
     data: int | None = None
+    rows: int = 1
     layout: str = "zigzag"
     strategy: str = "auto"
 
@@ -286,6 +287,7 @@ def _check(recipe: Recipe) -> None:
     _at_least("model.norm_eps", recipe.model.norm_eps, 0)
     _at_most("model.norm_eps", recipe.model.norm_eps, 1)
     _at_most("model.width", recipe.model.width, 2**20)
+    _at_least("parallel.rows", recipe.parallel.rows, 1)
     for key in ("model.mlp_width", "parallel.sequence", "parallel.data", "launch.processes"):
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)
@@ -345,6 +347,15 @@ def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"parallel.data: got {data} x parallel.sequence = {sequence}, that is {data * sequence} and not the "
             f"{processes} processes; parallel.data={processes // sequence} would work"
         )
+    rows = recipe.parallel.rows
+    if sequence % rows:
+        raise UsageError(f"parallel.rows: got {rows}, it must divide the {sequence} ranks that share a sequence")
+    layers = plan_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+    for mixer, options, _ in layers:
+        try:
+            mixer.check_ranks(options, strategy=recipe.parallel.strategy, ranks=sequence, rows=rows)
+        except ValueError as error:
+            raise UsageError(f"parallel.{error}") from error
     micro = data * recipe.trainer.accumulation
     if recipe.trainer.sequences % micro:
         raise UsageError(

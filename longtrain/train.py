@@ -41,7 +41,7 @@ class Processes:
 
     rank: int
     world: int
-    mesh: DeviceMesh  # ("data", "sequence")
+    mesh: DeviceMesh  # "data" and "sequence", by build_mesh
     device: torch.device
 
     @property
@@ -79,7 +79,8 @@ def joined(recipe: Recipe) -> Iterator[Processes]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
-    yield Processes(rank, world, build_mesh(device.type, data=data, sequence=sequence), device)
+    mesh = build_mesh(device.type, data=data, sequence=sequence, rows=recipe.parallel.rows)
+    yield Processes(rank, world, mesh, device)
     # Not after a failure: that would wait for the other ranks before anybody is told.
     dist.destroy_process_group()
 
@@ -113,6 +114,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
         if metrics is not None:
             metrics.close()
             _finish(run_dir, summary, evaluation, screen)
+    trainer.close()
     dist.barrier()  # no rank leaves, and takes its end of the connections with it, before the run folder is whole
 
 
@@ -162,8 +164,9 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
 def _with_strategy(recipe: Recipe) -> Any:
     """Mixers that attend take parallel.strategy unless they have their own."""
     mixers = {name: dict(options) for name, options in recipe.layers.mixers.items()}
-    if recipe.parallel.strategy != "auto":
-        mixers.setdefault("softmax", {}).setdefault("strategy", recipe.parallel.strategy)
+    softmax = mixers.setdefault("softmax", {})
+    if softmax.get("strategy", "auto") == "auto":
+        softmax["strategy"] = recipe.parallel.strategy
     return dataclasses.replace(recipe.layers, mixers=mixers)
 
 

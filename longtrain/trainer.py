@@ -9,6 +9,7 @@ it does not depend on how the step is cut.
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from longtrain.data import IGNORE, PackedSequences
 from longtrain.optimizer import OptimizerConfig, Optimizers, ScheduleConfig, learning_rate_factor
-from longtrain.parallel import SequenceShard
+from longtrain.parallel import SequenceShard, sequence_ranks
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -85,7 +86,7 @@ class Trainer:
         model: maps ``(tokens, shard, labels)`` to the loss of each token, ``[1, T_w]``.
         blocks: the parts of the model whose weights are gathered one at a time; empty: all at once.
         data: training sequences; `position` counts how many have been used.
-        mesh: a DeviceMesh with dimensions "data" and "sequence" over all ranks.
+        mesh: over all ranks, as `longtrain.parallel.build_mesh` makes it.
         layout: how each sequence is spread over the sequence group.
     """
 
@@ -105,17 +106,22 @@ class Trainer:
         self.data, self.layout = data, layout
         self.device = torch.device(mesh.device_type)
         self.data_group, self.data_rank = mesh.get_group("data"), mesh.get_local_rank("data")
-        self.sequence_group = mesh.get_group("sequence")
+        self.sequence_ranks = sequence_ranks(mesh)
         self.data_degree, self.world = mesh["data"].size(), mesh.size()
         self.model = _shard_weights(model, blocks, mesh, PRECISIONS[config.precision])
         self.optimizers = Optimizers(optimizer, self.model)
         self.step = 0
         self.position = 0  # sequences of `data` used so far
+        # The next step's tokens and shards are made while this one runs.
+        self._loader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="longtrain-data", initializer=_use, initargs=(_device_index(self.device),)
+        )
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def train_step(self) -> StepResult:
         """One optimizer step over the next ``sequences`` sequences."""
         start = time.perf_counter()
-        micro_batches = [self.micro_batch(self.data, indices) for indices in self._step_indices()]
+        micro_batches = self._micro_batches()
         valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -171,7 +177,7 @@ class Trainer:
         cu_seqlens = np.concatenate([*starts, [tokens.shape[1]]])
         shard = SequenceShard(
             length=tokens.shape[1],
-            group=self.sequence_group,
+            group=self.sequence_ranks,
             layout=self.layout,
             cu_seqlens=torch.from_numpy(cu_seqlens),
         )
@@ -198,16 +204,36 @@ class Trainer:
     def restore(self, numbers: dict[str, int]) -> None:
         self.step, self.position = numbers["step"], numbers["position"]
 
-    def _step_indices(self) -> list[list[int]]:
+    def _micro_batches(self) -> list[MicroBatch]:
+        """This step's micro-batches; those of the next one are started."""
+        position, batches = self._next or (-1, None)
+        if batches is None or position != self.position:  # the first step, or a checkpoint was restored
+            batches = self._load(self.position)
+        current = batches.result()
+        following = self.position + self.config.sequences
+        last = self.step + 1 >= self.config.steps
+        self._next = None if last else (following, self._load(following))
+        return current
+
+    def close(self) -> None:
+        """End the thread that makes batches; the trainer takes no step afterwards."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._next = None
+
+    def _load(self, position: int) -> "Future[list[MicroBatch]]":
+        indices = self._step_indices(position)
+        return self._loader.submit(lambda: [self.micro_batch(self.data, some) for some in indices])
+
+    def _step_indices(self, position: int) -> list[list[int]]:
         """The sequences of each of this rank's micro-batches; the step as a whole is the same for any cut."""
         each = self.config.sequences // (self.data_degree * self.config.accumulation)
-        first = self.position + self.data_rank * each * self.config.accumulation
+        first = position + self.data_rank * each * self.config.accumulation
         return [list(range(first + n * each, first + (n + 1) * each)) for n in range(self.config.accumulation)]
 
     def _sum_over_data_ranks(self, count: int) -> int:
         if self.data_degree == 1:
             return count
-        # On the host's side of the mesh: the count must not wait for the device.
+        # The host waits here for a device that has nothing to do: the step before ended with its loss on the host.
         total = torch.tensor(count, dtype=torch.int64, device=self.device)
         dist.all_reduce(total, group=self.data_group)
         return int(total)
@@ -216,6 +242,17 @@ class Trainer:
         largest = self.config.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest if math.isfinite(largest) else 1e30)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _device_index(device: torch.device) -> int | None:
+    """Which accelerator this process uses; None on a CPU."""
+    return None if device.type == "cpu" else torch.accelerator.current_device_index()
+
+
+def _use(index: int | None) -> None:
+    """Let this thread use an accelerator: a new thread starts with the first one."""
+    if index is not None:
+        torch.accelerator.set_device_index(index)
 
 
 def position_buckets(length: int) -> np.ndarray:

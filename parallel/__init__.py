@@ -7,23 +7,29 @@ Functions and shards only; the modules are in `longtrain.layers`.
 """
 
 from longtrain.parallel.attention import sequence_parallel_attention
+from longtrain.parallel.attention.cost import Hardware, explain_attention
+from longtrain.parallel.balanced import Balanced
 from longtrain.parallel.communication import count_messages
 from longtrain.parallel.layouts import BlockCyclic, Contiguous, Layout, Zigzag, layout_named, layout_names
 from longtrain.parallel.linear_attention import sequence_parallel_linear_attention
-from longtrain.parallel.mesh import build_mesh
+from longtrain.parallel.mesh import build_mesh, sequence_ranks
 from longtrain.parallel.shard import Segment, SequenceShard
 
 __all__ = [
+    "Balanced",
     "BlockCyclic",
     "Contiguous",
+    "Hardware",
     "Layout",
     "Segment",
     "SequenceShard",
     "Zigzag",
     "build_mesh",
     "count_messages",
+    "explain_attention",
     "layout_named",
     "layout_names",
     "sequence_parallel_attention",
     "sequence_parallel_linear_attention",
+    "sequence_ranks",
 ]

@@ -2,8 +2,9 @@
 
 A rank sees by itself that its tensors do not fit its shard. That its options or shapes differ from those of the other
 ranks it cannot see, and the messages that follow would not match. So, before the first message of a kind of call, the
-ranks compare a digest of what each was given: one all-gather of 32 bytes for each shard and signature. Further calls
-with the same signature on the same shard send nothing (under `longtrain.debug.checks()` every call is compared).
+ranks compare a digest of what each was given: one all-gather of 32 bytes. On a CPU every call is compared, so that no
+disagreement ever hangs. On a GPU the host would wait for it: there the first call of each signature on a shard is, and
+further ones only under `longtrain.debug.checks()`; with a new shard for every batch the host waits once a batch.
 """
 
 import hashlib
@@ -17,27 +18,31 @@ from longtrain import debug
 from longtrain.parallel.communication import all_gather_bytes, all_gather_stacked, rank_and_size
 from longtrain.parallel.shard import SequenceShard
 
-_SHOWN = 6  # document boundaries in a message; the rest is stood for by a checksum
-
 
 def agree(shard: SequenceShard, signature: Mapping[str, object], *, device: torch.device) -> None:
     """Raise the same ValueError on every rank of the shard's group where their signatures differ.
 
     signature: what this rank was given, by name; the values' `str` is compared. Every rank of the group calls this.
     device: where the call's tensors live, for groups that can only send from there (NCCL); the host waits for it.
-    The error says for each name that differs which ranks gave what. The shard remembers what its ranks agreed on; so a
-    rank that changes its mind while the others repeat an earlier call is found only under `longtrain.debug.checks()`.
+    The error says for each name that differs which ranks gave what. The shard remembers what its ranks agreed on; so on
+    a GPU a rank that changes its mind while the others repeat an earlier call is found only under
+    `longtrain.debug.checks()`.
     """
     if shard.world == 1:
         return
     text = "\n".join(f"{name}: {value}" for name, value in signature.items())
-    if text in shard.agreed and not debug.enabled():
+    if text in shard.agreed and device.type != "cpu" and not debug.enabled():
         return
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.int64)
     gathered = all_gather_stacked(torch.tensor(digest, device=device), shard.group).wait().cpu()
     if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
         texts = [data.decode() for data in all_gather_bytes(text.encode(), shard.group, device=device)]
         raise ValueError(_disagreement(texts))
+    if device.type != "cpu" and not shard.agreed:
+        # NCCL wants all ranks of a group in its first message, and in a ring some have nothing to send.
+        for group in (shard.grid.inner, shard.grid.outer):
+            if group is not None and group is not shard.group:
+                all_gather_stacked(torch.zeros(1, device=device), group).wait()
     shard.agreed.add(text)
 
 
@@ -70,18 +75,6 @@ def tensor_signature(x: Tensor | None) -> str:
         return "None"
     sizes = ["T_w" if dim == 1 else str(size) for dim, size in enumerate(x.shape)]
     return f"[{', '.join(sizes)}] {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
-
-
-def shard_signature(shard: SequenceShard) -> str:
-    """What a shard's ranks must agree on, in one line: length, layout and document boundaries."""
-    boundaries = shard.cu_seqlens.tolist() if shard.cu_seqlens.size <= _SHOWN else _abbreviated(shard.cu_seqlens)
-    return f"length {shard.length}, layout {shard.layout.name!r}, cu_seqlens {boundaries}"
-
-
-def _abbreviated(boundaries: np.ndarray) -> str:
-    checksum = hashlib.sha256(boundaries.tobytes()).hexdigest()[:8]
-    head = ", ".join(map(str, boundaries[: _SHOWN - 1].tolist()))
-    return f"[{head}, ..., {boundaries[-1]}] ({boundaries.size - 1} documents, checksum {checksum})"
 
 
 def _disagreement(texts: Sequence[str]) -> str:

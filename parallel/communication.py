@@ -1,4 +1,4 @@
-"""Messages between the ranks that share a sequence; the only file that calls torch.distributed.
+"""Messages between the ranks that share a sequence; the only file of `parallel/` that sends any.
 
 Every function takes a `group`: a process group of any subset of the processes, or None for this process alone. A
 group of one sends no message. Ranks are counted inside the group. All ranks of a group must make the same calls in the
@@ -7,8 +7,9 @@ same order; sizes that one rank gives must match what the others give (the calle
 Nothing here is differentiable: callers are the forward and backward passes of autograd functions.
 
 Messages carry bytes: nothing is converted or added on the way, so every dtype travels on every backend, and sums are
-made on arrival, in the order of the ranks, whatever the timing. On NCCL, waiting makes the current stream wait, not
-the host. Gloo moves host memory: tensors of another device are staged through the host for it.
+made on arrival, in the order of the ranks, whatever the timing. On NCCL, waiting makes the current stream wait, not the
+host; its messages run on streams of its own, beside the kernels. Gloo moves host memory: tensors of another device are
+staged through the host for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ class Handle(Protocol):
 class Message:
     """One call that communicated: its kind and the bytes that this rank sent to and received from other ranks."""
 
-    kind: str  # "all_gather", "all_to_all" or "exchange"
+    kind: str  # "all_gather", "all_to_all", "exchange", or "outer exchange" between the nodes of a grid
     sent_bytes: int
     received_bytes: int
 
@@ -82,20 +83,63 @@ def rank_and_size(group: Group) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def process_group(group: "Group | DeviceMesh") -> Group:
-    """The process group meant by a group, a one-dimensional DeviceMesh, or None; anything else is a ValueError."""
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The ranks of a group in rows: rank = row * inner_size + place in the row.
+
+    A row is a node, say: links inside it (`inner`) are faster than those between rows (`outer`, the ranks with this
+    rank's place in every row). A plain group is one row. The groups are None in a group of one and where nothing is
+    sent.
+    """
+
+    group: Group
+    outer: Group
+    inner: Group
+    outer_size: int
+    inner_size: int
+
+    def row(self, rank: int) -> int:
+        return rank // self.inner_size
+
+    def silent(self) -> "Grid":
+        """A grid of the same shape that has no groups to send in."""
+        return Grid(None, None, None, self.outer_size, self.inner_size)
+
+
+def grid_of(group: "Group | DeviceMesh") -> Grid:
+    """The ranks meant by a group, a DeviceMesh of one or two (outer, inner) dimensions, or None (this process alone).
+
+    Anything else is a ValueError. A two-dimensional mesh that does not hold all processes gets a group of all its ranks
+    the first time (a collective call of the mesh's processes); `build_mesh` makes that group beforehand.
+    """
+    names = (group.mesh_dim_names or ()) if isinstance(group, DeviceMesh) else ()
+    if isinstance(group, DeviceMesh) and group.ndim == 2 and "data" not in names:
+        outer_size, inner_size = group.shape
+        return Grid(_flat_group(group), group.get_group(0), group.get_group(1), outer_size, inner_size)
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            names = group.mesh_dim_names or tuple(range(group.ndim))
             raise ValueError(
-                f"group: got a DeviceMesh of {group.ndim} dimensions {names}, expected one, such as mesh['sequence']"
+                f"group: got a DeviceMesh of {group.ndim} dimensions {names}, expected one, such as mesh['sequence'], "
+                "or two that share the sequence, (outer, inner)"
             )
-        return group.get_group()
-    if group is None or isinstance(group, ProcessGroup):
-        return group
+        group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group: this process is not a member of the group; only members can hold a part of a sequence")
-    raise ValueError(f"group: got {group!r}, expected a ProcessGroup, a one-dimensional DeviceMesh or None")
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(f"group: got {group!r}, expected a ProcessGroup, a DeviceMesh of 1 or 2 dimensions or None")
+    return Grid(group, None, group, 1, rank_and_size(group)[1])
+
+
+def _flat_group(mesh: DeviceMesh) -> Group:
+    """The group of all ranks of a two-dimensional mesh, in the mesh's order."""
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise ValueError(f"group: got a DeviceMesh of ranks {mesh.mesh.tolist()}, expected them in increasing order")
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    if not mesh.mesh_dim_names:
+        raise ValueError("group: got a DeviceMesh without dimension names, expected mesh_dim_names=('outer', 'inner')")
+    return mesh._flatten().get_group()
 
 
 def same_group(one: Group, other: Group) -> bool:
@@ -207,49 +251,25 @@ def all_gather_bytes(data: bytes, group: Group, *, device: torch.device) -> list
     return [bytes(part.tolist()) for part in everything.split(lengths)]
 
 
-class RingExchange:
-    """Tensors handed on around the ring: to the next rank, from the previous one, while this rank computes.
-
-        ring = RingExchange(group)
-        ring.start(send=[k, v], receive=[k_next, v_next])
-        ...                                   # compute with k, v; do not write to them, nor touch k_next, v_next
-        ring.wait()                           # now k_next, v_next hold the previous rank's k, v
-
-    Any number of tensors of any dtype; those without elements are not sent (sender and receiver see it from the shape).
-    In a group of one the next rank is this one, and `receive` is filled without a message.
-    """
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        rank, world = rank_and_size(group)
-        self.next, self.previous = (rank + 1) % world, (rank - 1) % world
-        self._pending: Exchange | None = None
-
-    def start(self, *, send: Sequence[Tensor], receive: Sequence[Tensor]) -> None:
-        """Start one hop. `receive` are contiguous buffers shaped as what the previous rank sends."""
-        if self._pending is not None:
-            raise RuntimeError("RingExchange.start: the hop before was not waited for")
-        sends, receives = [(self.next, x) for x in send], [(self.previous, x) for x in receive]
-        self._pending = Exchange(sends, receives, self.group)
-
-    def wait(self) -> None:
-        """Wait for the hop: afterwards `receive` is filled and `send` may be written to."""
-        if self._pending is None:
-            raise RuntimeError("RingExchange.wait: no hop was started")
-        pending, self._pending = self._pending, None
-        pending.wait()
-
-
 class Exchange:
     """Tensors sent to and received from single ranks, all at once; made when it starts, done after `wait`.
 
     sends, receives: (rank, tensor) pairs. The tensors that go from one rank to another are matched in order, and must
     agree in bytes. Those without elements are not sent. On NCCL the group must have communicated before (a handshake
-    will do) unless all of its ranks take part.
+    will do) unless all of its ranks take part. kind: how messages are counted.
+
+        exchange = Exchange([(right, k)], [(left, k_next)], group)
+        ...                       # compute with k; do not write to it, nor touch k_next
+        exchange.wait()           # now k_next holds what the rank on the left sent
     """
 
     def __init__(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], group: Group
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        group: Group,
+        *,
+        kind: str = "exchange",
     ) -> None:
         self._works: list[dist.Work] = []
         self._deliveries: list[tuple[_Transport, Tensor, Tensor]] = []
@@ -279,7 +299,7 @@ class Exchange:
             operations.append(_operation(dist.irecv, data, peer, group))
             received += data.numel()
         self._works = dist.batch_isend_irecv(operations)
-        _record("exchange", sent, received)
+        _record(kind, sent, received)
 
     def wait(self) -> None:
         """Wait until everything was sent and received."""

@@ -13,53 +13,15 @@ Letters: T tokens of the whole sequence (`length`), W ranks that share it (`worl
 at i*T//n, so parts differ by at most one token, and any T and W work, T < W (empty shards) included.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 
-
-class Layout(ABC):
-    """Which positions each rank holds: a few lines, made into shards by `SequenceShard`.
-
-    Every position belongs to exactly one rank (checked when a shard is made). All ranks must come to the same answer
-    from the same arguments: no random numbers without a fixed seed, no dependence on the process.
-    """
-
-    name: str
-    """The name in messages and recipes (the class's own name unless set); ranks that share a sequence agree on it."""
-
-    long_segments: bool = False
-    """Whether a rank holds few, long runs of consecutive tokens, which the scans of linear mixers need."""
-
-    def __init_subclass__(cls) -> None:
-        if "name" not in cls.__dict__:
-            cls.name = cls.__name__
-
-    @abstractmethod
-    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
-        """The positions of `rank` as runs [start, stop): int64 [n, 2], increasing and disjoint.
-
-        cu_seqlens: int64 [N+1], document boundaries from 0 to `length`; a layout may cut by documents.
-        """
-
-    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
-        """The number of tokens of `rank` before each position: int64, shaped as `positions` (each in 0 ... length).
-
-        Here it is found by searching the runs; layouts that can count in closed form override it.
-        """
-        return count_in_runs(positions, self.runs(rank, world, length, cu_seqlens))
-
-    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
-        """The rank that holds each position: int64, shaped as `positions`. Found by searching the runs of all ranks."""
-        held = [self.runs(rank, world, length, cu_seqlens) for rank in range(world)]
-        ranks = np.repeat(np.arange(world), [len(runs) for runs in held])
-        starts, stops = np.concatenate(held).T
-        order = np.flatnonzero(starts < stops)  # an empty run may start where another rank's run does
-        order = order[np.argsort(starts[order])]
-        return ranks[order][np.searchsorted(starts[order], positions, side="right") - 1]
+from longtrain.parallel.balanced import Balanced
+from longtrain.parallel.layout_base import Layout, positions_in_runs
+from longtrain.parallel.layout_base import count_in_runs as count_in_runs
 
 
 @dataclass(frozen=True)
@@ -138,7 +100,45 @@ class BlockCyclic(Layout):
         return positions // self.width % world
 
 
-_NAMED: dict[str, Callable[[], Layout]] = {"contiguous": Contiguous, "zigzag": Zigzag, "striped": BlockCyclic}
+@dataclass(frozen=True)
+class Merged(Layout):
+    """`degree` neighbouring ranks of another layout as one: rank r holds what ranks r*degree ... of `base` hold."""
+
+    base: Layout
+    degree: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"{self.degree} ranks of {self.base.name}")
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        held = [self.base.runs(member, world * self.degree, length, cu_seqlens) for member in self._members(rank)]
+        runs = np.concatenate(held)
+        runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]  # an empty run before the one that starts where it does
+        # Neighbours in one: in the next run's start, and the run's own stop.
+        first = np.append(True, runs[1:, 0] != runs[:-1, 1])[: len(runs)]
+        last = np.append(first[1:], True)[: len(runs)]
+        return np.stack([runs[first, 0], runs[last, 1]], axis=1)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        counts = (
+            self.base.count(positions, member, world * self.degree, length, cu_seqlens)
+            for member in self._members(rank)
+        )
+        return sum(counts, np.zeros_like(positions))
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return self.base.owners(positions, world * self.degree, length, cu_seqlens) // self.degree
+
+    def _members(self, rank: int) -> range:
+        return range(rank * self.degree, (rank + 1) * self.degree)
+
+
+_NAMED: dict[str, Callable[[], Layout]] = {
+    "contiguous": Contiguous,
+    "zigzag": Zigzag,
+    "striped": BlockCyclic,
+    "balanced": Balanced,
+}
 
 
 def layout_names() -> tuple[str, ...]:
@@ -147,9 +147,9 @@ def layout_names() -> tuple[str, ...]:
 
 
 def layout_named(layout: str | Layout) -> Layout:
-    """The layout of this name: "contiguous", "zigzag", "striped", "striped:128" (blocks of 128); a `Layout` is itself.
+    """The layout of this name: "contiguous", "zigzag", "striped", "striped:128" (blocks of 128), "balanced".
 
-    Anything else is a ValueError that says the nearest name.
+    A `Layout` is itself. Anything else is a ValueError that says the nearest name.
     """
     if isinstance(layout, Layout):
         return layout
@@ -171,33 +171,19 @@ def layout_named(layout: str | Layout) -> Layout:
     raise ValueError(f"layout: got {layout!r}; {hint}it can be {', '.join(layout_names())} or a Layout object")
 
 
-def count_in_runs(positions: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """The number of tokens in `runs` [n, 2] before each position, by run-length arithmetic; int64."""
-    positions = np.asarray(positions, dtype=np.int64)
-    if len(runs) == 0:
-        return np.zeros_like(positions)
-    starts, lengths = runs[:, 0], runs[:, 1] - runs[:, 0]
-    before = np.cumsum(lengths) - lengths  # tokens in the runs ahead of each run
-    # The last run that starts at or before the position; ahead of the first run the clip leaves nothing.
-    run = np.maximum(np.searchsorted(starts, positions, side="right") - 1, 0)
-    return before[run] + np.clip(positions - starts[run], 0, lengths[run])
-
-
-def positions_in_runs(runs: np.ndarray) -> np.ndarray:
-    """The positions that `runs` [n, 2] cover, in increasing order: int64 [T_w]."""
-    starts, lengths = runs[:, 0], runs[:, 1] - runs[:, 0]
-    total = int(lengths.sum())
-    # Token j of the shard lies in run i at start[i] + (j - tokens ahead of run i).
-    offset = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    return offset + np.arange(total, dtype=np.int64)
+def is_built_in(layout: Layout) -> bool:
+    """Whether a layout is one of the library's, whose name says all and which give every position to one rank."""
+    if isinstance(layout, Merged):
+        return is_built_in(layout.base)
+    return type(layout) in (Contiguous, Zigzag, BlockCyclic, Balanced)
 
 
 def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndarray) -> None:
     """Refuse, with a ValueError, a layout that does not give every position to exactly one rank.
 
-    The layouts of this file do by construction and are not looked at; one of the user's own costs O(T) here.
+    longtrain's own layouts do by construction and are not looked at; one of the user's own costs O(T) here.
     """
-    if type(layout) in (Contiguous, Zigzag, BlockCyclic):
+    if is_built_in(layout):
         return
     holder = np.full(length, -1, dtype=np.int64)
     for rank in range(world):
@@ -215,10 +201,10 @@ def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndar
         if taken.size:
             raise ValueError(f"{where}: position {taken[0]} belongs to rank {holder[taken[0]]} too")
         holder[positions] = rank
-        if layout.count(np.array([length]), rank, world, length, cu_seqlens)[0] != positions.size:
-            raise ValueError(
-                f"{where}: count() up to the end disagrees with runs(), which hold {positions.size} tokens"
-            )
+        at = np.unique(np.clip(np.concatenate([ends, ends + 1, [0, length]]), 0, length))
+        wrong = np.flatnonzero(layout.count(at, rank, world, length, cu_seqlens) != count_in_runs(at, runs))
+        if wrong.size:
+            raise ValueError(f"{where}: count() up to position {at[wrong[0]]} disagrees with runs()")
     if (holder < 0).any():
         raise ValueError(f"layout {layout.name!r}: position {np.argmin(holder)} of {length} belongs to no rank")
     if (layout.owners(np.arange(length, dtype=np.int64), world, length, cu_seqlens) != holder).any():

@@ -28,7 +28,7 @@ from longtrain.kernels import checks
 from longtrain.kernels.dispatch import choose_backend
 from longtrain.kernels.linear_attention import LinearAttentionBackward, LinearAttentionForward, check_inputs
 from longtrain.kernels.precision import without_autocast
-from longtrain.parallel.agreement import agree, check_shard, check_tokens, shard_signature, tensor_signature
+from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
 from longtrain.parallel.communication import all_gather_stacked
 from longtrain.parallel.scan import ScanPlan, Transition, combine_state_gradients, combine_states, scan_plan
 from longtrain.parallel.shard import SequenceShard
@@ -286,7 +286,7 @@ def _signature(
         "log_decay": tensor_signature(log_decay),
         "initial_state": "None" if initial_state is None else "given",
         "initial_state.requires_grad": options.initial_gradient,
-        "shard": shard_signature(options.shard),
+        "shard": options.shard.signature,
         "scale": options.scale,
         "return_state": options.return_state,
         "requires_grad": any(_wants_gradient(x) for x in (q, k, v, log_decay, initial_state)),

@@ -7,11 +7,13 @@ host: what it knows is numpy, computed once and kept, real data also under fake 
 Letters: T tokens of the whole sequence, W ranks that share it, T_w tokens of this rank, N documents.
 """
 
+import hashlib
+import itertools
 import operator
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,11 +23,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from longtrain.kernels.checks import attention_window, document_offsets
 from longtrain.kernels.intervals import KeyIntervals, visible_keys
 from longtrain.parallel import moves
-from longtrain.parallel.communication import Group, process_group, rank_and_size, same_group
-from longtrain.parallel.layouts import Layout, check_partition, layout_named, positions_in_runs
+from longtrain.parallel.bounds import Bounds
+from longtrain.parallel.communication import Grid, Group, grid_of, rank_and_size, same_group
+from longtrain.parallel.layouts import Layout, check_partition, is_built_in, layout_named, positions_in_runs
 from longtrain.parallel.moves import HostIndex, RelayoutPlan
 
 Boundaries = Tensor | np.ndarray | Sequence[int]
+_SHOWN = 6  # document boundaries in a message; the rest is stood for by a checksum
+
+# Registered operators take numbers, not objects: a shard goes in by its handle and is looked up inside, as torch does
+# with the names of process groups. The table keeps no shard alive.
+_handles = itertools.count(1)
+_by_handle: "WeakValueDictionary[int, SequenceShard]" = WeakValueDictionary()
+
+
+def shard_of(handle: int) -> "SequenceShard":
+    """The shard with this `handle`; a RuntimeError where it is gone."""
+    shard = _by_handle.get(handle)
+    if shard is None:
+        raise RuntimeError(
+            "a SequenceShard was deleted before the backward pass of a call that used it; keep it until then"
+        )
+    return shard
 
 
 class Segment(NamedTuple):
@@ -40,29 +59,36 @@ class Segment(NamedTuple):
 class SequenceShard:
     """One rank's tokens of a sequence that a process group shares; not changed once made.
 
-    length: T >= 0. group: a process group of any subset of the processes, or a one-dimensional DeviceMesh; None is this
-    process alone. layout: "contiguous", "zigzag", "striped", "striped:128" or a `Layout`. cu_seqlens: where packed
-    documents begin, int32 or int64 [N+1] from 0 to T, never decreasing (list, numpy or tensor); None is one document.
-    All ranks of the group give the same arguments. Anything else is a ValueError.
+    length: T >= 0. group: a process group of any subset of the processes, or a one-dimensional DeviceMesh; one of two
+    dimensions has its slow links along the first (between nodes) and its fast links along the second (inside a node);
+    None is this process alone. layout: "contiguous", "zigzag", "striped", "striped:128", "balanced" or a `Layout`.
+    cu_seqlens: where packed documents begin, int32 or int64 [N+1] from 0 to T, never decreasing (list, numpy or
+    tensor); None is one document. All ranks of the group give the same arguments. Anything else is a ValueError.
 
-    Attributes: `length`, `group`, `rank` and `world` (in the group), `layout`, `cu_seqlens` (numpy int64 [N+1]),
-    `lengths` (T_w of every rank), `local_length` (this rank's); the rest are properties.
+    Attributes: `length`, `group` (all ranks) and `grid` (their rows, for meshes of two dimensions), `rank` and `world`
+    (in the group), `layout`, `cu_seqlens` (numpy int64 [N+1]), `lengths` (T_w of every rank), `local_length` (this
+    rank's); the rest are properties.
     """
 
     length: int
     group: Group
+    grid: Grid
     rank: int
     world: int
     layout: Layout
     cu_seqlens: np.ndarray
     lengths: tuple[int, ...]
     local_length: int
+    handle: int
+    """The number by which registered operators know this shard (`shard_of`)."""
     agreed: set[str]
     """Signatures of calls that the ranks have found to be the same on all of them (`agreement.py`)."""
+    plans: "WeakKeyDictionary[SequenceShard, dict[tuple[object, ...], Any]]"
+    """What operators worked out for calls with this shard, by key shard and options: made once, used by every layer."""
 
     _ranks: "dict[int, SequenceShard]"
     _layouts: "list[SequenceShard]"
-    _bounds: "WeakKeyDictionary[SequenceShard, dict[tuple[object, ...], _Bounds]]"
+    _bounds: "WeakKeyDictionary[SequenceShard, dict[tuple[object, ...], Bounds]]"
     _relayouts: "WeakKeyDictionary[SequenceShard, RelayoutPlan]"
 
     def __init__(
@@ -72,9 +98,9 @@ class SequenceShard:
         layout: str | Layout = "contiguous",
         cu_seqlens: Boundaries | None = None,
     ) -> None:
-        own_group = process_group(group)
-        rank, world = rank_and_size(own_group)
-        self._set_up(length, layout, cu_seqlens, group=own_group, rank=rank, world=world)
+        grid = grid_of(group)
+        rank, world = rank_and_size(grid.group)
+        self._set_up(length, layout, cu_seqlens, grid=grid, rank=rank, world=world)
 
     @classmethod
     def pretend(
@@ -85,12 +111,19 @@ class SequenceShard:
         world: int,
         layout: str | Layout = "contiguous",
         cu_seqlens: Boundaries | None = None,
+        rows: int = 1,
     ) -> "SequenceShard":
-        """The shard that `rank` of `world` would have, without a group: for planners and tests. It sends nothing."""
+        """The shard that `rank` of `world` would have, without a group: for planners and tests. It sends nothing.
+
+        rows: the first size of the two-dimensional mesh that is pretended; 1 is a plain group.
+        """
         if not 0 <= rank < world:
             raise ValueError(f"rank: got {rank} of world {world}, expected 0 ... {world - 1}")
+        if rows < 1 or world % rows:
+            raise ValueError(f"rows: got {rows}, expected a divisor of world = {world}")
         shard = cls.__new__(cls)
-        shard._set_up(length, layout, cu_seqlens, group=None, rank=rank, world=world)
+        grid = Grid(None, None, None, rows, world // rows)
+        shard._set_up(length, layout, cu_seqlens, grid=grid, rank=rank, world=world)
         return shard
 
     def _set_up(
@@ -99,7 +132,7 @@ class SequenceShard:
         layout: str | Layout,
         cu_seqlens: Boundaries | None,
         *,
-        group: Group,
+        grid: Grid,
         rank: int,
         world: int,
     ) -> None:
@@ -110,18 +143,22 @@ class SequenceShard:
         check_partition(layout, world, length, offsets)
         end = np.array([length], dtype=np.int64)
         lengths = tuple(int(layout.count(end, other, world, length, offsets)[0]) for other in range(world))
-        self._keep(group, rank, length=length, world=world, layout=layout, cu_seqlens=offsets, lengths=lengths)
+        self._keep(grid, rank, length=length, world=world, layout=layout, cu_seqlens=offsets, lengths=lengths)
 
-    def _keep(self, group: Group, rank: int, **facts: object) -> None:
+    def _keep(self, grid: Grid, rank: int, **facts: object) -> None:
         # Straight into __dict__: attributes cannot be set afterwards.
         self.__dict__.update(
-            facts, group=group, rank=rank, agreed=set(), _ranks={}, _layouts=[],
-            _bounds=WeakKeyDictionary(), _relayouts=WeakKeyDictionary(),
+            facts, grid=grid, group=grid.group, rank=rank, handle=next(_handles), agreed=set(), _ranks={}, _layouts=[],
+            plans=WeakKeyDictionary(), _bounds=WeakKeyDictionary(), _relayouts=WeakKeyDictionary(),
         )  # fmt: skip
         self.__dict__["local_length"] = self.lengths[rank]
+        _by_handle[self.handle] = self
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a SequenceShard is not changed once made: make another one instead of setting {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceShard":
+        return self  # it never changes, and its group is this process's
 
     def __repr__(self) -> str:
         runs = [(start, stop) for start, stop in self._runs[:4].tolist() if start < stop]
@@ -175,7 +212,7 @@ class SequenceShard:
             return self
         if rank not in self._ranks:
             shard = SequenceShard.__new__(SequenceShard)
-            shard._keep(None, rank, length=self.length, world=self.world, layout=self.layout,
+            shard._keep(self.grid.silent(), rank, length=self.length, world=self.world, layout=self.layout,
                         cu_seqlens=self.cu_seqlens, lengths=self.lengths)  # fmt: skip
             self._ranks[rank] = shard
         return self._ranks[rank]
@@ -187,7 +224,7 @@ class SequenceShard:
             if shard.layout is wanted or shard.layout == wanted:
                 return shard
         shard = SequenceShard.__new__(SequenceShard)
-        shard._set_up(self.length, wanted, self.cu_seqlens, group=self.group, rank=self.rank, world=self.world)
+        shard._set_up(self.length, wanted, self.cu_seqlens, grid=self.grid, rank=self.rank, world=self.world)
         self._layouts.append(shard)
         return shard
 
@@ -216,7 +253,7 @@ class SequenceShard:
             first, stop = visible_keys(
                 self.held.array, causal=causal, window=sides, query_offsets=self.cu_seqlens, key_offsets=keys.cu_seqlens
             )
-            kept[causal, sides] = _Bounds(first, stop)
+            kept[causal, sides] = Bounds(first, stop)
         return kept[causal, sides].intervals(keys, source)
 
     # ---- tensors to the ranks, back, and across -------------------------------------------------------------------
@@ -255,6 +292,23 @@ class SequenceShard:
         return moves.relayout(x, self, other, dim)
 
     # ---- host data, computed when first needed --------------------------------------------------------------------
+
+    @cached_property
+    def signature(self) -> str:
+        """What the ranks must agree on, in one line: length, layout and document boundaries."""
+        bounds = self.cu_seqlens
+        boundaries = str(bounds.tolist())
+        if bounds.size > _SHOWN:
+            checksum = hashlib.sha256(bounds.tobytes()).hexdigest()[:8]
+            head = ", ".join(map(str, bounds[: _SHOWN - 1].tolist()))
+            boundaries = f"[{head}, ..., {bounds[-1]}] ({bounds.size - 1} documents, checksum {checksum})"
+        layout = repr(self.layout.name)
+        if not is_built_in(self.layout):  # names of others do not say all
+            runs = [self.layout.runs(rank, self.world, self.length, bounds) for rank in range(self.world)]
+            checksum = hashlib.sha256(b"|".join(held.tobytes() for held in runs)).hexdigest()[:8]
+            layout += f" (runs of all ranks: checksum {checksum})"
+        rows = f" in {self.grid.outer_size} rows" if self.grid.outer_size > 1 else ""
+        return f"length {self.length} over {self.world} ranks{rows}, layout {layout}, cu_seqlens {boundaries}"
 
     @cached_property
     def held(self) -> HostIndex:
@@ -316,36 +370,6 @@ class SequenceShard:
             raise ValueError(f"key_shard: got {keys}, expected a shard over the same group as {self}")
         if keys.documents != self.documents:
             raise ValueError(f"key_shard: got {keys.documents} documents, expected {self.documents} as in the queries")
-
-
-class _Bounds:
-    """The global key positions [first, stop) that each query of a shard sees, and what they are on each rank.
-
-    Inside a document many queries share a bound (its start, say): such bounds are counted once and repeated.
-    """
-
-    def __init__(self, first: np.ndarray, stop: np.ndarray) -> None:
-        (first_values, self._first_repeats), (stop_values, self._stop_repeats) = _distinct(first), _distinct(stop)
-        self._values = np.concatenate([first_values, stop_values])
-        self._firsts = first_values.size
-        self._intervals: dict[int, KeyIntervals] = {}
-
-    def intervals(self, keys: SequenceShard, source: int) -> KeyIntervals:
-        if source not in self._intervals:
-            counts = keys.layout.count(self._values, source, keys.world, keys.length, keys.cu_seqlens)
-            lo, hi = counts[: self._firsts], counts[self._firsts :]
-            lo = lo if self._first_repeats is None else np.repeat(lo, self._first_repeats)
-            hi = hi if self._stop_repeats is None else np.repeat(hi, self._stop_repeats)
-            self._intervals[source] = KeyIntervals(lo=lo, hi=hi, keys=keys.lengths[source])
-        return self._intervals[source]
-
-
-def _distinct(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Sorted `ends` as (distinct values, how often each occurs); (ends, None) where that would save little."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(ends)) + 1])
-    if 2 * starts.size > ends.size:
-        return ends, None
-    return ends[starts], np.diff(np.append(starts, ends.size))
 
 
 def _whole_number(length: object) -> int:

@@ -31,13 +31,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 START_TIMEOUT = 120.0  # seconds for all workers of a pool to import torch and meet, on a busy machine
 GRACE = 2.0  # seconds that the other ranks get to report, once one rank has failed
 TESTS = Path(__file__).resolve().parent
 
 _pools: dict[int, "_Pool"] = {}
+
+
+class Place(NamedTuple):
+    """Where a rank runs: put before its command (to enter another network, say), and the interface that it talks on."""
+
+    command: tuple[str, ...]
+    interface: str
 
 
 class RankFailed(AssertionError):
@@ -58,6 +65,20 @@ def run_distributed(world: int, function: Callable[..., Any], *args: Any, timeou
     except BaseException:  # an interrupted call too leaves ranks that wait for each other
         _pools.pop(world).close()
         raise
+
+
+def run_in_places(
+    places: Sequence[Place], meeting: str, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """As `run_distributed`, with one rank in each place; these workers end with the call.
+
+    meeting: torch.distributed's `init_method`, such as "tcp://10.0.0.1:29500", where rank 0 listens.
+    """
+    pool = _Pool(len(places), places, meeting)
+    try:
+        return pool.call(function, args, timeout)
+    finally:
+        pool.close()
 
 
 def close_pools() -> None:
@@ -120,9 +141,12 @@ def run_command(
 class _Pool:
     """The worker processes of one world size, and a pipe to each."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, places: Sequence[Place] | None = None, meeting: str | None = None) -> None:
         self.world = world
         self.folder = Path(tempfile.mkdtemp(prefix="longtrain-ranks-"))
+        self.places = places
+        # A file as the meeting point where ranks share this machine's network: no port to race for.
+        self.meeting = meeting or f"file://{self.folder / 'store'}"
         self.workers: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
         try:
@@ -156,10 +180,14 @@ class _Pool:
     def _start(self, rank: int) -> None:
         ours, theirs = Pipe()
         # -P: the folder of this script stays off sys.path, where tests/kernels would be found as a bare `kernels`.
-        command = [sys.executable, "-P", __file__, str(rank), str(self.world), str(theirs.fileno()), str(self.folder)]
+        command = [sys.executable, "-P", __file__, str(rank), str(self.world), str(theirs.fileno()), self.meeting]
+        command.append(str(os.getpid()))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may lead nowhere
+        if self.places is not None:
+            command[:0] = self.places[rank].command
+            environment["GLOO_SOCKET_IFNAME"] = self.places[rank].interface
         with (self.folder / f"rank{rank}.log").open("wb") as log:
             worker = subprocess.Popen(
                 command,
@@ -223,9 +251,11 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _work(rank: int, world: int, pipe: Connection, folder: Path) -> None:
-    """A worker's life: meet the others, then answer calls until the parent closes the pipe."""
-    parent = os.getppid()
+def _work(rank: int, world: int, pipe: Connection, meeting: str, parent: int) -> None:
+    """A worker's life: meet the others, then answer calls until the parent closes the pipe.
+
+    parent: the number of the process that started it: one that ended before now could not be asked for any more.
+    """
 
     def watch_parent() -> None:
         while os.getppid() == parent:
@@ -240,8 +270,7 @@ def _work(rank: int, world: int, pipe: Connection, folder: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    # A file as the meeting point: no port to race for.
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     pipe.send_bytes(pickle.dumps((True, None)))
     with contextlib.suppress(EOFError):
         while True:
@@ -266,4 +295,4 @@ def _make_tests_importable() -> None:
 
 
 if __name__ == "__main__":
-    _work(int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3])), Path(sys.argv[4]))
+    _work(int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3])), sys.argv[4], int(sys.argv[5]))

@@ -38,6 +38,11 @@ def test_the_model_of_ones_own_prints_the_same_on_any_number_of_processes(tmp_pa
     np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-4)
 
 
+def test_the_cost_model_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("How attention reaches its keys", "python"), {})
+    assert capsys.readouterr().out.startswith(block("How attention reaches its keys", "text"))
+
+
 def test_a_mixer_is_one_file(tmp_path: Path) -> None:
     shutil.copytree(Path(longtrain.__file__).parent, tmp_path / "longtrain")  # follows the links
     code = block("Add a mixer", "python")

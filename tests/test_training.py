@@ -25,7 +25,8 @@ def losses_of(rank: int, world: int, overrides: Sequence[str]) -> list[float]:
     """The losses of the quickstart's first steps, spread as the overrides say."""
     recipe = compose("quickstart", [f"launch.processes={world}", *overrides])
     data, sequence = degrees(recipe, world)
-    processes = Processes(rank, world, build_mesh("cpu", data=data, sequence=sequence), torch.device("cpu"))
+    mesh = build_mesh("cpu", data=data, sequence=sequence, rows=recipe.parallel.rows)
+    processes = Processes(rank, world, mesh, torch.device("cpu"))
     training, _ = build_data(recipe.data, seed=recipe.seed)
     trainer = build_trainer(recipe, processes, training)
     return [trainer.train_step().loss for _ in range(STEPS // recipe.trainer.sequences)]
@@ -60,6 +61,8 @@ TWO = ("trainer.sequences=2", "data.length=1024")
         (2, ["trainer.accumulation=2"]),
         (4, ["parallel.data=2", "parallel.sequence=2"]),
         (4, ["memory.recompute=full", "memory.shard_blocks=true", "parallel.layout=contiguous"]),
+        (4, ["parallel.rows=2", "parallel.layout=balanced", "parallel.strategy=ring"]),
+        (2, ["parallel.strategy=ulysses", "parallel.layout=balanced"]),
     ],
 )
 def test_quickstart_has_the_same_losses_with_data_ranks_and_accumulation(world: int, spread: list[str]) -> None:
@@ -68,7 +71,7 @@ def test_quickstart_has_the_same_losses_with_data_ranks_and_accumulation(world: 
 
 @pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "striped:16"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "striped:16", "balanced"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_every_spread_has_the_same_losses(world: int, layout: str, accumulation: int, recompute: str) -> None:

@@ -119,16 +119,18 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
     backend: str,
+    frugal: bool = False,
 ) -> None:
     """Add, in place, the gradients that belong to one set of keys.
 
     q, k, v, intervals, scale, softcap as in `attention_forward`; out [B, T, H, V] and lse [B, T, H] final, over all
     sets of keys; dout [B, T, H, V] and dlse [B, T, H] (None: zero) their gradients; dq [B, T, H, K], dk [B, S, G, K],
     dv [B, S, G, V] the running gradients. All of these in float32 (float64 for float64 inputs).
+    frugal: for a caller that holds other buffers meanwhile, compute in smaller parts, with smaller temporaries.
     """
     backend = choose_backend("softmax_attention", backend, device=q.device)
     backward = {"reference": reference.backward, "torch": torch_impl.backward}[backend]
-    options = {"scale": scale, "softcap": softcap}
+    options = {"scale": scale, "softcap": softcap} | ({"frugal": frugal} if backend == "torch" else {})
     with without_autocast(q.device):
         backward(q, k, v, intervals, out=out, lse=lse, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, **options)
 

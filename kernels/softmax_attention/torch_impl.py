@@ -19,6 +19,9 @@ _native_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 # Largest tile of matrix products: its scores are B * H * 256 * 512 numbers, whatever T.
 _ROWS, _KEYS = 256, 512
 
+# Tiles of the native backward are not cut below this many queries.
+_SHORTEST_CUT = 256
+
 
 def forward(
     q: Tensor,
@@ -62,6 +65,7 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    frugal: bool,
 ) -> None:
     """`attention_backward` (see the package) by tiles."""
     if intervals.area == 0 or dq.numel() == 0:
@@ -76,7 +80,8 @@ def backward(
         q, out, lse, dout, *rest = suspects
         dlse = rest[0] if rest else None
     if _is_native(q, softcap):
-        _backward_native(q, k, v, intervals, out=out, lse=lse, dout=dout, dlse=dlse, scale=scale, dq=dq, dk=dk, dv=dv)
+        given = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
+        _backward_native(q, k, v, intervals, **given, scale=scale, frugal=frugal)
     else:
         delta = (dout * out).sum(-1)
         delta = delta if dlse is None else delta - dlse
@@ -140,17 +145,15 @@ def _backward_native(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    frugal: bool,
 ) -> None:
     width, value_width, groups = q.shape[3], v.shape[3], k.shape[2]
     if dlse is not None:
-        # The kernel computes delta = rowsum(dout * out) itself, and wanted is delta - dlse. One more column, of 0 in v,
-        # 1 in dout and -dlse in out, adds just that and changes nothing else.
-        out = torch.cat([out, -dlse[..., None]], dim=-1)
-        dout = torch.cat([dout, torch.ones_like(dlse)[..., None]], dim=-1)
+        out, dout = _with_lse_gradient(out, dout, dlse)
     padded = max(width, out.shape[3])
     q, k, v, out, dout = (_padded(x, padded) for x in (q * scale, k, v, out, dout))
     calls = _calls([q, out, lse, dout, dq], [k, v, dk, dv], groups)
-    for tile in intervals.tiles:
+    for tile in _cut(intervals, 8 if frugal else 2):
         rows, keys = tile.rows, tile.keys
         mask, _ = _additive_mask(intervals, tile, q)
         for (q_call, out_call, lse_call, dout_call, dq_call), (k_call, v_call, dk_call, dv_call) in calls:
@@ -170,6 +173,25 @@ def _backward_native(
             # Heads that share a key head each bring their part of its gradient.
             dk_call[:, :, keys].add_(_summed(tile_dk[..., :width], dk_call))
             dv_call[:, :, keys].add_(_summed(tile_dv[..., :value_width], dv_call))
+            del tile_dq, tile_dk, tile_dv  # not during the next call, which makes its own
+
+
+def _with_lse_gradient(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """An out and a dout that make the kernel take dlse into account.
+
+    The kernel uses out for nothing but delta = rowsum(dout * out), and wanted is delta - dlse. So out gets one number
+    in each row, at the largest of dout, that makes it so. Where a row's dout is too small for that (a loss of lse
+    alone), all get one more column, of 1 in dout, -dlse in out and 0 in v. That is second best: the kernel then sums
+    the scores of a wider q and k, in another order than in forward, and with an lse of some hundreds that costs a
+    digit.
+    """
+    place = dout.abs().argmax(-1, keepdim=True)
+    largest, change = dout.gather(-1, place), dlse[..., None]
+    if (largest.abs() < torch.finfo(dout.dtype).eps * change.abs()).any():
+        return torch.cat([out, -change], dim=-1), torch.cat([dout, torch.ones_like(change)], dim=-1)
+    delta = (dout * out).sum(-1, keepdim=True)
+    number = (delta - change) / largest.masked_fill(largest == 0, 1)  # both are zero there
+    return torch.zeros_like(out).scatter_(-1, place, number), dout
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -276,6 +298,13 @@ def _backward_products(
         dq[:, rows].add_(torch.einsum("bgrts,bsgk->btgrk", dscores, k[:, keys]), alpha=scale)
         dk[:, keys].add_(torch.einsum("bgrts,btgrk->bsgk", dscores, q[:, rows]), alpha=scale)
         dv[:, keys].add_(torch.einsum("bgrts,btgrv->bsgv", weights, dout[:, rows]))
+
+
+def _cut(intervals: KeyIntervals, parts: int) -> Iterator[Tile]:
+    """Tiles of at most that part of the queries: a call's results are as large as its tile, for every head."""
+    most = max(_SHORTEST_CUT, -(-intervals.lo.size // parts))
+    for tile in intervals.tiles:
+        yield from tile.cut(most, most)
 
 
 def _small_tiles(intervals: KeyIntervals) -> Iterator[Tile]:

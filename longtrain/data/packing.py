@@ -45,9 +45,8 @@ class PackedSequences:
         self.documents = documents
         self.length = length
         self.seed = seed
-        self._epoch = -1  # the epoch that order and ends belong to
-        self._order = np.empty(0, dtype=np.int64)  # documents as they lie in the epoch [N]
-        self._ends = np.empty(0, dtype=np.int64)  # the token after each of them, in tokens from the epoch's start [N]
+        # An epoch; its documents as they lie in it [N]; the token after each of them, from the epoch's start [N].
+        self._laid_out: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,11 +96,11 @@ class PackedSequences:
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch and where each ends; the last one asked for is kept."""
-        if epoch != self._epoch:
-            self._order = _permutation(len(self.documents.sizes), self.seed, epoch)
-            self._ends = np.cumsum(self.documents.sizes[self._order] + 1)
-            self._epoch = epoch
-        return self._order, self._ends
+        kept = self._laid_out  # in one piece: batches are made in a thread beside others that may read
+        if kept is None or kept[0] != epoch:
+            order = _permutation(len(self.documents.sizes), self.seed, epoch)
+            kept = self._laid_out = epoch, order, np.cumsum(self.documents.sizes[order] + 1)
+        return kept[1], kept[2]
 
 
 def _permutation(count: int, seed: int | None, epoch: int) -> np.ndarray:

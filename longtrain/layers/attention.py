@@ -18,7 +18,11 @@ class SequenceParallelAttention(nn.Module):
         scale: multiplies the scores; None means ``K ** -0.5``.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         strategy: how keys and values reach the queries.
+        ulysses_degree: the ranks that exchange heads, for strategy ``"mesh"``; None lets the cost model choose.
         backend: which kernels compute a tile.
+        dropout: must be 0. Over ranks every pair of a query and a key is computed twice, in forward and again in
+            backward, on tiles whose shape depends on the layout: the same random mask would have to be made again
+            there.
     """
 
     def __init__(
@@ -29,14 +33,22 @@ class SequenceParallelAttention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         strategy: str = "auto",
+        ulysses_degree: int | None = None,
         backend: str = "auto",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if dropout != 0:
+            raise ValueError(
+                f"dropout: got {dropout}, expected 0: attention weights are computed again in backward, tile by tile "
+                "and rank by rank, and random masks could not be made the same there; drop out activations instead"
+            )
         self.causal = causal
         self.window = window
         self.scale = scale
         self.softcap = softcap
         self.strategy = strategy
+        self.ulysses_degree = ulysses_degree
         self.backend = backend
 
     def forward(
@@ -49,7 +61,10 @@ class SequenceParallelAttention(nn.Module):
         key_shard: SequenceShard | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """q ``[B, T_w, H, K]``, k ``[B, T_w, G, K]``, v ``[B, T_w, G, V]`` -> ``[B, T_w, H, V]`` in q's dtype."""
+        """q ``[B, T_w, H, K]``, k ``[B, S_w, G, K]``, v ``[B, S_w, G, V]`` -> ``[B, T_w, H, V]`` in q's dtype.
+
+        S_w is T_w, or with `key_shard` the tokens that this rank holds of that. sinks: ``[H]``.
+        """
         out, _ = sequence_parallel_attention(
             q,
             k,
@@ -62,9 +77,11 @@ class SequenceParallelAttention(nn.Module):
             softcap=self.softcap,
             sinks=sinks,
             strategy=self.strategy,
+            ulysses_degree=self.ulysses_degree,
             backend=self.backend,
         )
         return out
 
     def extra_repr(self) -> str:
-        return f"causal={self.causal}, window={self.window}, strategy={self.strategy!r}, backend={self.backend!r}"
+        names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -7,11 +7,13 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain.kernels.softmax_attention import softmax_attention
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 from tests.parallel.comparing import relative_error
 
+Group = dist.ProcessGroup | DeviceMesh | None
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
@@ -146,7 +148,7 @@ def dense(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return with_gradients(attend, whole_inputs(case), dtype, sinks=case.sinks)
 
 
-def shards(case: Case, group: dist.ProcessGroup | None) -> tuple[SequenceShard, SequenceShard | None]:
+def shards(case: Case, group: Group) -> tuple[SequenceShard, SequenceShard | None]:
     shard = SequenceShard(case.tokens, group, case.layout, case.documents)
     if case.keys is None:
         return shard, None
@@ -159,9 +161,7 @@ def local_parts(whole: dict[str, Tensor], shard: SequenceShard, key_shard: Seque
     return {name: x if x.ndim == 1 else rows[name].split(x, dim=1) for name, x in whole.items()}
 
 
-def over_ranks(
-    case: Case, dtype: torch.dtype, group: dist.ProcessGroup | None, strategy: str = "auto"
-) -> dict[str, Tensor]:
+def over_ranks(case: Case, dtype: torch.dtype, group: Group, strategy: str = "auto") -> dict[str, Tensor]:
     """This rank's results of the call over the group, with the sinks' gradient summed over the group."""
     shard, key_shard = shards(case, group)
 
@@ -183,13 +183,11 @@ def over_ranks(
 
     results = with_gradients(attend, local_parts(whole_inputs(case), shard, key_shard), dtype, sinks=case.sinks)
     if case.sinks and group is not None:
-        dist.all_reduce(results["dsinks"], group=group)
+        dist.all_reduce(results["dsinks"], group=shard.group)
     return results
 
 
-def relative_errors(
-    case: Case, results: dict[str, Tensor], truth: dict[str, Tensor], group: dist.ProcessGroup | None
-) -> dict[str, float]:
+def relative_errors(case: Case, results: dict[str, Tensor], truth: dict[str, Tensor], group: Group) -> dict[str, float]:
     """The error of each of this rank's tensors in units of the true tensor."""
     local = local_parts(truth, *shards(case, group))
     return {name: relative_error(result, local[name], truth[name]) for name, result in results.items()}

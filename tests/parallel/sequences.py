@@ -29,7 +29,7 @@ class PerDocument(Layout):
 
 
 layouts = st.one_of(
-    st.sampled_from(["contiguous", "zigzag", "striped", PerDocument()]),
+    st.sampled_from(["contiguous", "zigzag", "striped", "balanced", PerDocument()]),
     st.integers(1, 9).map(lambda width: f"striped:{width}"),
     st.integers(0, 1000).map(RandomAssignment),
 )

@@ -1,7 +1,11 @@
 """What a call of ring attention sends, keeps and refuses, and which gradients it gives."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 from longtrain.parallel.communication import count_messages
@@ -14,23 +18,26 @@ def _check_messages(rank: int, world: int) -> None:
     case = Case(tokens=41, layout="zigzag", heads=4, groups=2, value_width=4)
     shard, _ = shards(case, world_group())
     local = local_parts(whole_inputs(case), shard, None)
-    for call in range(2):
+    for _ in range(2):
         q, k, v = (local[name].bfloat16().requires_grad_() for name in ("q", "k", "v"))
         with count_messages() as counter:
             out, _ = sequence_parallel_attention(q, k, v, shard)
-        # The handshake comes once; then K and V, in two bytes a number, of every rank but the previous ...
-        assert counter.count("all_gather") == (call == 0 and world > 1)
-        assert counter.count("exchange") == world - 1 and counter.count() == world - (call == 1 or world == 1)
+        # The handshake; then this rank's K and V, in two bytes a number, to every other rank: the keys that it sees. In
+        # zigzag all see some of the late chunk, and those before this rank nothing of the early one.
+        assert counter.count("all_gather") == (world > 1)
+        assert counter.count("exchange") == world - 1 and counter.count() == 2 * (world > 1) + max(world - 2, 0)
         row = 2 * case.groups * (case.key_width + case.value_width)
-        others = sum(shard.lengths) - shard.lengths[(rank + 1) % world]
-        sent = sum(message.sent_bytes for message in counter.messages if message.kind == "exchange")
-        assert sent == (row * others if world > 1 else 0)
+        sizes = [shard.as_rank(reader).intervals(rank) for reader in range(world) if reader != rank]
+        shown = [int(keys.hi.max() - keys.lo.min()) for keys in sizes]
+        assert sum(x.sent_bytes for x in counter.messages if x.kind == "exchange") == row * sum(shown)
         with count_messages() as counter:
             out.backward(torch.ones_like(out))
-        # ... and in backward the same, with the float32 sums of dK and dV one step behind and one hop more.
-        assert counter.count() == (world + 1 if world > 1 else 0)
-        if world > 1:
-            assert counter.sent_bytes == row * others + 2 * row * case.tokens
+        # In backward the same but for the last hop of forward, and the float32 shares of dK and dV one step behind.
+        assert counter.count() == counter.count("exchange") == max(world, 1) - (world == 1)
+        seen = [shard.intervals(source) for source in range(world) if source != rank]
+        returned = sum(int(keys.hi.max() - keys.lo.min()) for keys in seen)
+        last = shown[(rank - 1) % world - ((rank - 1) % world > rank)] if world > 1 else 0
+        assert counter.sent_bytes == row * (sum(shown) - last) + 2 * row * returned
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -108,11 +115,16 @@ def _given() -> dict[str, object]:
         ({"window": (-1, 0)}, "window: got"),
         ({"scale": float("nan")}, "scale: got nan"),
         ({"softcap": 0.0}, "softcap: got 0.0"),
-        ({"strategy": "allgather"}, "strategy: got 'allgather', .* what works is 'ring', also as 'auto'"),
-        ({"strategy": "ulysses"}, "strategy: got 'ulysses'"),
-        ({"strategy": "mesh"}, "strategy: got 'mesh'"),
-        ({"strategy": "rings"}, "strategy: got 'rings', which does not exist"),
-        ({"ulysses_degree": 2}, "ulysses_degree: got 2"),
+        (
+            {"strategy": "rings"},
+            "strategy: got 'rings', expected one of 'auto', 'ring', 'allgather', 'ulysses', 'mesh'",
+        ),
+        ({"ulysses_degree": 2}, "ulysses_degree: got 2 with strategy 'auto', expected None"),
+        ({"strategy": "ring", "ulysses_degree": 2}, "ulysses_degree: got 2 with strategy 'ring'"),
+        ({"strategy": "allgather", "ulysses_degree": 2}, "ulysses_degree: got 2 with strategy 'allgather'"),
+        ({"strategy": "mesh", "ulysses_degree": 2}, "ulysses_degree: got 2 .* expected a divisor of both: 1"),
+        ({"strategy": "mesh", "ulysses_degree": 0}, "ulysses_degree: got 0"),
+        ({"strategy": "mesh", "ulysses_degree": True}, "ulysses_degree: got True"),
         ({"backend": "triton"}, "backend: got 'triton'"),
     ],
 )
@@ -121,6 +133,32 @@ def test_what_cannot_work_is_refused(changes: dict[str, object], named: str) -> 
     q, k, v, shard = (arguments.pop(name) for name in ("q", "k", "v", "shard"))
     with pytest.raises(ValueError, match=named):
         sequence_parallel_attention(q, k, v, shard, **arguments)  # pyright: ignore[reportArgumentType] that is the test
+
+
+def _check_refusals_over_ranks(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    flat, grid = SequenceShard(8, world_group()), SequenceShard(8, mesh)
+    other, _ = dist.new_subgroups_by_enumeration([[0, 1], [2, 3]])
+    assert isinstance(other, dist.ProcessGroup)
+    six, four = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 4, 4)
+    refusals: list[tuple[torch.Tensor, SequenceShard, dict[str, Any], str]] = [
+        (six, flat, {"strategy": "ulysses"}, "H = 6 query heads over 4 ranks, .* 'mesh' works with .* 1, 2, 'ring'"),
+        (six, flat, {"strategy": "mesh", "ulysses_degree": 4}, "ulysses_degree: got 4 with H = 6 .* 4 ranks.* 1, 2"),
+        (four, flat, {"strategy": "mesh", "ulysses_degree": 3}, "ulysses_degree: got 3"),
+        (four, grid, {"strategy": "ulysses"}, "strategy: got 'ulysses' over a mesh of 2 x 2"),
+        (four, grid, {"strategy": "mesh", "ulysses_degree": 4}, "2 ranks in a row, expected a divisor of both: 1, 2"),
+        (four, flat, {"key_shard": SequenceShard(4, other)}, "key_shard: got .* expected a shard over the same group"),
+        (four, flat, {"strategy": "ulysses", "ulysses_degree": 2}, "ulysses_degree: got 2 .* expected None or 4"),
+    ]
+    for x, shard, options, told in refusals:
+        with count_messages() as counter, pytest.raises(ValueError, match=told):
+            sequence_parallel_attention(x, x, x, shard, **options)
+        assert counter.count() == 0
+    sequence_parallel_attention(four, four, four, flat, strategy="ulysses", ulysses_degree=4)
+
+
+def test_heads_and_meshes_that_a_strategy_cannot_have_are_refused() -> None:
+    run_distributed(4, _check_refusals_over_ranks, timeout=30)
 
 
 def test_packed_documents_need_one_row() -> None:

@@ -12,14 +12,13 @@ from longtrain.parallel import communication
 from longtrain.parallel.communication import (
     Exchange,
     Group,
-    RingExchange,
     accumulation_dtype,
     all_gather_bytes,
     all_gather_parts,
     all_gather_stacked,
     all_to_all_parts,
     count_messages,
-    process_group,
+    grid_of,
     rank_and_size,
     reduce_scatter_parts,
     same_group,
@@ -91,36 +90,6 @@ def test_collectives_in_two_subgroups_at_once() -> None:
     run_distributed(4, check_collectives, [1, 3])
 
 
-def block(holder: int, rows: int, name: int, dtype: torch.dtype) -> Tensor:
-    return random((1, rows, 2), 10 * holder + name, dtype)
-
-
-def check_ring(rank: int, world: int, group_ranks: list[int] | None) -> None:
-    """Blocks of different sizes, some empty, go once around; after hop s everyone holds the block of rank - s."""
-    group = own_group(rank, world, group_ranks)
-    me, size = rank_and_size(group)
-    for sizes in ([4] * size, [3 * other for other in range(size)], [0] * size):
-        ring, dtypes = RingExchange(group), (torch.bfloat16, torch.float32, torch.bool)
-        held = [block(me, sizes[me], name, dtype) for name, dtype in enumerate(dtypes)]
-        for hop in range(1, size + 1):
-            holder = (me - hop) % size
-            arriving = [torch.empty((1, sizes[holder], 2), dtype=dtype) for dtype in dtypes]
-            ring.start(send=held, receive=arriving)
-            ring.wait()
-            held = arriving
-            for name, dtype in enumerate(dtypes):
-                assert equal(held[name], block(holder, sizes[holder], name, dtype))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_ring_hands_on_uneven_and_empty_blocks(world: int) -> None:
-    run_distributed(world, check_ring, None)
-
-
-def test_rings_in_two_subgroups_at_once() -> None:
-    run_distributed(4, check_ring, [1, 3])
-
-
 def check_exchanges(rank: int, world: int) -> None:
     """Everyone sends to everyone, itself included, with two exchanges under way that are waited for out of order."""
     first = {(a, b): random((a + b,), 10 * a + b) for a in range(world) for b in range(world)}
@@ -153,7 +122,7 @@ def check_staging(rank: int, world: int) -> None:
 
     with patch.object(communication._Transport, "__init__", make_staged):
         check_collectives(rank, world, None)
-        check_ring(rank, world, None)
+        check_exchanges(rank, world)
     assert staged
 
 
@@ -190,13 +159,11 @@ def count_traffic(rank: int, world: int) -> None:
             all_to_all_parts(x, sizes[rank], [row[rank] for row in sizes], group)
             assert inner.sent_bytes == (5 - sizes[rank][rank]) * 8
         with count_messages() as inner:
-            ring = RingExchange(group)
-            ring.start(send=[x, x[:0]], receive=[torch.empty_like(x), x[:0].clone()])
-            ring.wait()
+            right, left = (rank + 1) % world, (rank - 1) % world
+            Exchange([(right, x), (right, x[:0])], [(left, x.clone()), (left, x[:0].clone())], group).wait()
             assert (inner.count("exchange"), inner.sent_bytes, inner.received_bytes) == (1, 40, 40)
         with count_messages() as inner:  # nothing to send: no message
-            ring.start(send=[x[:0]], receive=[x[:0].clone()])
-            ring.wait()
+            Exchange([(right, x[:0])], [(left, x[:0].clone())], group).wait()
             all_gather_parts(x[:0], [0] * world, group)
             all_gather_stacked(x[:, :0], group).wait()
             all_to_all_parts(x[:, :0], sizes[rank], [row[rank] for row in sizes], group)
@@ -218,9 +185,8 @@ def test_alone_nothing_is_sent() -> None:
         assert equal(reduce_scatter_parts(x.bfloat16(), [4], None), x.bfloat16().float())
         assert equal(all_gather_stacked(x, None).wait(), x[None])
         assert all_gather_bytes(b"alone", None, device=torch.device("cpu")) == [b"alone"]
-        received, ring = torch.empty_like(x), RingExchange(None)
-        ring.start(send=[x], receive=[received])
-        ring.wait()
+        received = torch.empty_like(x)
+        Exchange([(0, x)], [(0, received)], None).wait()
         assert equal(received, x)
     assert counter.count() == 0
 
@@ -233,14 +199,9 @@ def test_sums_do_not_write_to_their_input() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    ring, x = RingExchange(None), torch.zeros(3, 2)
-    with pytest.raises(RuntimeError, match="no hop was started"):
-        ring.wait()
-    ring.start(send=[x], receive=[x.clone()])
-    with pytest.raises(RuntimeError, match="not waited for"):
-        ring.start(send=[x], receive=[x.clone()])
+    x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="contiguous"):
-        RingExchange(None).start(send=[x], receive=[torch.zeros(2, 3).T])
+        Exchange([(0, x)], [(0, torch.zeros(2, 3).T)], None)
     with pytest.raises(ValueError, match=r"x: got shape \[3, 2\], expected sizes\[0\] = 4 rows"):
         all_gather_parts(x, [4], None)
     with pytest.raises(ValueError, match=r"expected sum\(send_sizes\) = 2 rows"):
@@ -248,10 +209,10 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected sum\(sizes\) = 5 rows"):
         reduce_scatter_parts(x, [5], None)
     with pytest.raises(ValueError, match="group: got 'world'"):
-        process_group("world")  # pyright: ignore[reportArgumentType] - the refusal is what is tested
+        grid_of("world")  # pyright: ignore[reportArgumentType] - the refusal is what is tested
     with pytest.raises(RuntimeError, match="not initialised"):
         communication.process_count()
-    assert process_group(None) is None and same_group(None, None)
+    assert grid_of(None).group is None and same_group(None, None)
 
 
 def compare_groups(rank: int, world: int) -> None:

@@ -65,7 +65,7 @@ def test_parts_are_even(world: int, length: int) -> None:
         assert max(sizes(layout)) - min(sizes(layout)) <= slack, layout
 
 
-@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped", "striped:128"])
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped", "striped:128", "balanced"])
 def test_names_lead_to_layouts_and_back(name: str) -> None:
     layout = layout_named(name)
     assert layout.name == name
@@ -84,7 +84,9 @@ def test_striped_1_is_striped() -> None:
         ("zigzig", "'zigzag'"),
         ("Contiguous", "'contiguous'"),
         ("stripe:64", "'striped:64'"),
-        ("balanced", "contiguous, zigzag, striped"),
+        ("even", "contiguous, zigzag, striped, balanced"),
+        ("balance", "'balanced'"),
+        ("balanced:128", "takes no width"),
         ("", "striped:w"),
         ("striped:", "striped:128"),
         ("striped:0", "from 1 on"),
@@ -111,7 +113,7 @@ def test_block_widths_are_whole_numbers_from_1_on(width: object) -> None:
 def test_layouts_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         BlockCyclic(4).width = 5  # pyright: ignore[reportAttributeAccessIssue] - the refusal is what is tested
-    assert set(layout_names()) == {"contiguous", "zigzag", "striped", "striped:w"}
+    assert set(layout_names()) == {"contiguous", "zigzag", "striped", "balanced", "striped:w"}
 
 
 class Reversed(Layout):

@@ -30,12 +30,12 @@ def _check_messages(rank: int, world: int) -> None:
         shard = SequenceShard(case.tokens, world_group(), case.layout)
         local = local_parts(whole_inputs(case), shard)
         state, runs = 4 * case.heads * case.key_width * case.value_width, min(world, 2)
-        for call in range(2):
+        for _ in range(2):
             leaves = {name: local[name].bfloat16().requires_grad_() for name in ("q", "k", "v", "decay", "initial")}
             with count_messages() as counter:
                 out, final = run(leaves, shard, leaves["initial"])
-            # The handshake comes once; then one float32 (transition, state) for each run, however long it is ...
-            handshake = int(call == 0 and world > 1)
+            # The handshake; then one float32 (transition, state) for each run, however long it is ...
+            handshake = int(world > 1)
             assert counter.count() == counter.count("all_gather") == handshake + (world > 1)
             summaries = runs * (state + 4 * case.heads * case.key_width)
             assert counter.sent_bytes == (world - 1) * (summaries + 32 * handshake)

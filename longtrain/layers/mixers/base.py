@@ -33,6 +33,13 @@ class Mixer(nn.Module, ABC):
     def check(cls, config: Any, place: LayerPlace) -> None:
         """Raise a ValueError ``"<option>: got ..., ..."`` when these options cannot work at this place."""
 
+    @classmethod
+    def check_ranks(cls, config: Any, *, strategy: str, ranks: int, rows: int) -> None:
+        """Raise a ValueError ``"strategy: got ..., ..."`` when `ranks`, in `rows`, cannot share a sequence this way.
+
+        strategy: the recipe's, for mixers that have none of their own.
+        """
+
     @abstractmethod
     def __init__(self, config: Any, place: LayerPlace) -> None:
         super().__init__()

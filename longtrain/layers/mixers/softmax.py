@@ -9,7 +9,7 @@ from longtrain.layers.attention import SequenceParallelAttention
 from longtrain.layers.mixers.base import LayerPlace, Mixer
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
-from longtrain.parallel.attention import STRATEGIES
+from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,13 @@ class SoftmaxMixer(Mixer):
             raise ValueError(f"head_width: got {config.key_width(place.width)}, rotary embedding needs an even width")
         if config.window is not None and config.window < 0:
             raise ValueError(f"window: got {config.window}, it must be 0 or more tokens (null: all)")
-
         if config.strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {config.strategy!r}, expected one of {', '.join(STRATEGIES)}")
+
+    @classmethod
+    def check_ranks(cls, config: SoftmaxConfig, *, strategy: str, ranks: int, rows: int) -> None:
+        own = strategy if config.strategy == "auto" else config.strategy
+        check_strategy(own, None, heads=config.heads, ranks=ranks, rows=rows)
 
     def __init__(self, config: SoftmaxConfig, place: LayerPlace) -> None:
         super().__init__(config, place)

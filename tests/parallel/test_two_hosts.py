@@ -1,0 +1,172 @@
+"""Two hosts: two network namespaces joined by a pair of virtual interfaces, two ranks in each, a double ring over all.
+
+What travels between the hosts is counted twice: by the ranks, and by the interface that the kernel gave each host.
+A namespace is held by a process and named by its number, so nothing is left when that process ends, however it ends.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longtrain.parallel import sequence_parallel_attention
+from longtrain.parallel.communication import count_messages
+from tests.distributed import Place, run_in_places
+from tests.parallel.attention_cases import Case, local_parts, over_ranks, relative_errors, shards, truths, whole_inputs
+
+ADDRESSES = ("10.83.0.1", "10.83.0.2")  # in namespaces of their own: they clash with nothing
+INTERFACES = ("host0", "host1")
+LIMIT = 20.0  # seconds for a command of a few milliseconds
+
+CASES = tuple(
+    (strategy, Case(tokens=61, layout=layout, documents=documents, heads=4, groups=2, sinks=sinks))
+    for strategy in ("ring", "mesh")
+    for layout, documents, sinks in (("zigzag", None, True), ("balanced", (0, 7, 7, 40, 61), False))
+)
+# Large enough that headers and acknowledgements are little beside it: 256 KiB of K and V on each rank.
+CROSSING = Case(tokens=1024, layout="zigzag", causal=False, heads=4, groups=4, key_width=32, value_width=32)
+
+
+class NoNamespaces(Exception):
+    """This machine does not let us make networks."""
+
+
+class Host(NamedTuple):
+    """A network namespace: the process that holds it and the command that enters it."""
+
+    holder: "subprocess.Popen[bytes]"
+    enter: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _host(unshare: Sequence[str], enter: Sequence[str]) -> Iterator[Host]:
+    """A new namespace, which lives as long as its holder: `cat`, which ends at the latest when this process does."""
+    command = [*unshare, "sh", "-c", "echo ready && exec cat"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        said = holder.stdout.readline().decode().strip()
+        if said != "ready":
+            raise NoNamespaces(f"`{' '.join(unshare)}` says: {said}")
+        yield Host(holder, ("nsenter", "-t", str(holder.pid), *enter))
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+
+
+def _configure(host: Host, *words: str) -> None:
+    done = subprocess.run([*host.enter, "ip", *words], capture_output=True, timeout=LIMIT, text=True)
+    if done.returncode:
+        raise NoNamespaces(f"`ip {' '.join(words)}` says: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def _two_hosts(privileged: bool) -> Iterator[tuple[Host, Host]]:
+    """Two joined hosts; by root's own right, or else in a user namespace where this process may do as root does."""
+    if missing := [name for name in ("ip", "unshare", "nsenter") if not shutil.which(name)]:
+        raise NoNamespaces(f"no command {' and '.join(missing)}")
+    user = [] if privileged else ["--user", "--preserve-credentials"]
+    with contextlib.ExitStack() as stack:
+        unshare = ["unshare", "--net"] if privileged else ["unshare", "--user", "--map-root-user", "--net"]
+        one = stack.enter_context(_host(unshare, [*user, "--net"]))
+        # The second host belongs to the first one's user namespace; entered with that one's users, it is as much ours.
+        inside = [] if privileged else ["nsenter", "-t", str(one.holder.pid), *user]
+        other = stack.enter_context(_host([*inside, "unshare", "--net"], [*user, "--net"]))
+        # Each end is made where it belongs: no name on the way could be taken.
+        peer = ["peer", "name", INTERFACES[1], "netns", str(other.holder.pid)]
+        _configure(one, "link", "add", INTERFACES[0], "type", "veth", *peer)
+        for host, interface, address in zip((one, other), INTERFACES, ADDRESSES, strict=True):
+            _configure(host, "address", "add", f"{address}/24", "dev", interface)
+            for link in ("lo", interface):
+                _configure(host, "link", "set", link, "up")
+        yield one, other
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    if sys.platform != "linux":
+        pytest.skip("network namespaces are Linux's")
+    reasons = []
+    for privileged in (True, False):
+        with contextlib.ExitStack() as stack:
+            try:
+                pair = stack.enter_context(_two_hosts(privileged))
+            except (NoNamespaces, subprocess.TimeoutExpired) as reason:
+                reasons.append(str(reason))
+                continue
+            yield pair
+            return
+    pytest.skip(f"no network namespaces here: as this user {reasons[0]}; in a user namespace {reasons[1]}")
+
+
+def _crossed(interface: str) -> int:
+    """Bytes that this host has sent to the other one so far, as the kernel counts them."""
+    with open("/proc/self/net/dev") as table:
+        (line,) = [line for line in table if line.strip().startswith(f"{interface}:")]
+    return int(line.partition(":")[2].split()[8])
+
+
+def _check_results(mesh: DeviceMesh, cases: tuple[tuple[str, Case], ...], truth_of: list[dict[str, Tensor]]) -> None:
+    for (strategy, case), truth in zip(cases, truth_of, strict=True):
+        errors = relative_errors(case, over_ranks(case, torch.float64, mesh, strategy), truth, mesh)
+        assert max(errors.values()) <= 1e-10, (strategy, case, errors)
+
+
+def _check_what_crosses(mesh: DeviceMesh, case: Case) -> int:
+    """Bytes from this rank to the other host in forward: the keys that somebody there sees, once."""
+    rank = dist.get_rank()
+    shard, _ = shards(case, mesh)
+    local = local_parts(whole_inputs(case), shard, None)
+    with count_messages() as counter:
+        q, k, v = (local[name].float() for name in "qkv")
+        sequence_parallel_attention(q, k, v, shard, causal=case.causal, strategy="ring")
+    across = [message for message in counter.messages if message.kind == "outer exchange"]
+    assert len(across) == 1, counter.messages  # one other row, so one message with K and V in it
+    there = range(2, 4) if rank < 2 else range(2)
+    seen = [shard.as_rank(reader).intervals(rank, causal=case.causal) for reader in there]
+    ends = [(keys.lo[keys.lo < keys.hi].min(), keys.hi.max()) for keys in seen if keys.area]
+    shown = max(stop for _, stop in ends) - min(start for start, _ in ends) if ends else 0
+    assert across[0].sent_bytes == 4 * case.groups * (case.key_width + case.value_width) * shown
+    assert case.causal or shown == shard.local_length
+    return across[0].sent_bytes
+
+
+def _check(
+    rank: int, world: int, cases: tuple[tuple[str, Case], ...], truth_of: list[dict[str, Tensor]]
+) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    _check_results(mesh, cases, truth_of)
+    _check_what_crosses(mesh, Case(tokens=61, layout="zigzag", heads=4, groups=2))
+    dist.barrier()
+    before = _crossed(INTERFACES[rank // 2])
+    sent = _check_what_crosses(mesh, CROSSING)
+    dist.barrier()
+    return {
+        "network": os.readlink("/proc/self/ns/net"),
+        "sent": sent,
+        "crossed": _crossed(INTERFACES[rank // 2]) - before,
+    }
+
+
+def test_a_double_ring_over_two_hosts(hosts: tuple[Host, Host]) -> None:
+    places = [Place(hosts[rank // 2].enter, INTERFACES[rank // 2]) for rank in range(4)]
+    truth_of = truths(tuple(case for _, case in CASES))
+    facts = run_in_places(places, f"tcp://{ADDRESSES[0]}:29500", _check, CASES, truth_of, timeout=60)
+    networks = [fact["network"] for fact in facts]
+    assert networks[0] == networks[1] != networks[2] == networks[3] and os.readlink("/proc/self/ns/net") not in networks
+    for first in (0, 2):
+        # By the kernel's count too: a second copy for the neighbour would be twice as much.
+        sent = facts[first]["sent"] + facts[first + 1]["sent"]
+        crossed = [fact["crossed"] for fact in facts[first : first + 2]]
+        assert all(sent <= bytes_ < 1.25 * sent for bytes_ in crossed), (sent, crossed)
