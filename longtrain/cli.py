@@ -21,6 +21,7 @@ examples:
   longtrain eval runs/quickstart-20260131-120000  held-out loss of the newest checkpoint
   longtrain generate runs/quickstart-20260131-120000 --prompt "def "
   longtrain bench training quickstart             speed beside a bare PyTorch loop
+  longtrain bench attention                       attention over processes beside one process
 
 longtrain/recipes/base.yaml lists every key with its unit and reason. Across machines, start the same entry with
 torchrun: torchrun --nproc_per_node 8 -m longtrain.train --config-name quickstart key=value
@@ -74,6 +75,24 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default 10)")
     training.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
     training.set_defaults(command=_bench_training)
+
+    attention = kinds.add_parser("attention", help="attention's speed and memory", description=_bench_attention.__doc__)
+    for name, what in (
+        ("length", "tokens T of the sequence (16384; 65536 on GPUs)"),
+        ("heads", "query heads H (8; 32 on GPUs)"),
+        ("kv-heads", "key/value heads G (as many as query heads; 8 on GPUs)"),
+        ("width", "width K of a head (64; 128 on GPUs)"),
+        ("processes", "ranks that share the sequence (2; one per GPU)"),
+        ("virtual", "play so many ranks in turn on one device: the layouts' critical paths"),
+    ):
+        attention.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    attention.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each side (default 3)")
+    attention.add_argument("--dtype", help="float32; bfloat16 on GPUs")
+    attention.add_argument("--device", help="cpu or gpu; default: GPUs where there are any")
+    attention.add_argument("--only", metavar="PARTS", help="out of scaling,packed,rival,memory,virtual")
+    attention.add_argument("--strategy", metavar="NAMES", help="out of ring,allgather,ulysses,mesh,auto (ring)")
+    attention.add_argument("--output", type=Path, metavar="FILE", help="write the results there too, as markdown")
+    attention.set_defaults(command=_bench_attention)
     return parser
 
 
@@ -136,3 +155,12 @@ def _bench_training(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         warm_up=arguments.warm_up,
     )
+
+
+def _bench_attention(arguments: argparse.Namespace) -> int:
+    """Measure attention over several processes beside one process's SDPA, and the memory that a rank needs."""
+    from longtrain.launch import benchmark_attention
+    from longtrain.launch.attention_options import options
+
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    return benchmark_attention.run(options(**given))

@@ -1,0 +1,152 @@
+"""One worker of `longtrain bench attention`: takes commands from a pipe, one at a time, and answers each.
+
+It waits for a command in a blocking read, so that an idle worker takes no time from the one that is measured. Commands
+and answers are JSON objects; {"failed": traceback} is the answer to what went wrong.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longtrain.bench_attention import sides
+from longtrain.bench_attention.cases import Case, inputs, squares
+from longtrain.bench_attention.memory import peak_bytes
+from longtrain.bench_attention.virtual import critical_path
+from longtrain.errors import leave
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join the group and answer commands until the pipe closes."""
+    parser = argparse.ArgumentParser(prog="python -m longtrain.bench_attention", description="One benchmark worker.")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world", type=int, required=True)
+    parser.add_argument("--store", type=Path, required=True, help="file in which the ranks meet")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", required=True, help="cpu, or the type of an accelerator")
+    parser.add_argument("--pipe", type=int, required=True, help="file descriptor of the pipe")
+    arguments = parser.parse_args(argv)
+    pipe = Connection(arguments.pipe)
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    if device.type != "cpu":
+        device = torch.device(device.type, arguments.rank)
+        torch.accelerator.set_device_index(arguments.rank)
+    group = None
+    if arguments.world > 1:
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else None,
+            init_method=f"file://{arguments.store}",
+            rank=arguments.rank,
+            world_size=arguments.world,
+            device_id=None if device.type == "cpu" else device,
+        )
+        group = dist.group.WORLD
+    worker = Worker(arguments.rank, arguments.world, group, device)
+    while True:
+        try:
+            command = json.loads(pipe.recv_bytes())
+        except EOFError:
+            return 0
+        pipe.send_bytes(json.dumps(worker.answer(command)).encode())
+
+
+class Worker:
+    """A rank, and the sides that it has been told to prepare."""
+
+    def __init__(self, rank: int, world: int, group: sides.Group, device: torch.device) -> None:
+        self._rank, self._world, self._group, self._device = rank, world, group, device
+        self._sides: dict[str, sides.Side] = {}
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Do `command["do"]`, a public method below, with the command's other entries."""
+        try:
+            return getattr(self, command.pop("do"))(**command)
+        except Exception:  # the launcher shows it and ends all workers
+            return {"failed": traceback.format_exc()}
+
+    def prepare(
+        self, side: str, kind: str, case: dict[str, Any], layout: str = "", strategy: str = ""
+    ) -> dict[str, Any]:
+        """Make the inputs of a side, named `side`: of kind "longtrain", "single" or "rival"."""
+        shapes = Case.of(case)
+        if kind == "longtrain":
+            self._sides[side] = sides.Longtrain(
+                shapes, layout=layout, strategy=strategy, group=self._group, device=self._device
+            )
+        elif kind == "rival":
+            self._sides[side] = sides.Rival(shapes, world=self._world, rank=self._rank, device=self._device)
+        else:
+            return {"backend": self._prepare_single(side, shapes)}
+        return {}
+
+    def _prepare_single(self, side: str, case: Case) -> str | None:
+        """Take the fastest of SDPA's kernels; where there are several, each is run twice to see."""
+        names = sides.sdpa_backends(case, self._device)
+        candidates = [sides.Single(case, device=self._device, backend=name) for name in names]
+        if len(candidates) > 1:
+            times = [min(sides.seconds(one, group=None, device=self._device) for _ in range(2)) for one in candidates]
+            fastest = times.index(min(times))
+            names, candidates = [names[fastest]], [candidates[fastest]]
+        self._sides[side] = candidates[0]
+        return names[0]
+
+    def forget(self) -> dict[str, Any]:
+        """Free the inputs of all sides."""
+        self._sides.clear()
+        return {}
+
+    def measure(self, side: str) -> dict[str, Any]:
+        """One timed run; seconds."""
+        return {"seconds": sides.seconds(self._sides[side], group=self._group, device=self._device)}
+
+    def reference(self, side: str, file: str) -> dict[str, Any]:
+        """Write a single process's results to a file, and tell what their dtype lost (relative error of each)."""
+        single = self._sides[side]
+        assert isinstance(single, sides.Single)
+        results = single.run()
+        torch.save(tuple(x.cpu().contiguous() for x in results), file)
+        return {"losses": single.losses(results)}
+
+    def compare(self, side: str, file: str) -> dict[str, Any]:
+        """Run a side once and compare with the results in a file: squared norms (see `cases.squares`)."""
+        mine = self._sides[side]
+        truth = torch.load(file, mmap=True)
+        return {"squares": squares(mine.run(), tuple(x[:, mine.positions] for x in truth))}
+
+    def rival(self) -> dict[str, Any]:
+        """The rival's version, None where it is not installed."""
+        return {"version": sides.rival_version()}
+
+    def small_truth(self, side: str, case: dict[str, Any]) -> dict[str, Any]:
+        """A side's results at a small case against dense attention in float64 in this process: squared norms."""
+        mine, shapes = self._sides[side], Case.of(case)
+        *qkv, dout = inputs(shapes, torch.arange(shapes.length), torch.device("cpu"))
+        q, k, v = (x.double().requires_grad_() for x in qkv)
+        share = shapes.heads // shapes.kv_heads
+        keys, values = (x.repeat_interleave(share, dim=2) for x in (k, v))
+        scores = torch.einsum("bihk,bjhk->bhij", q, keys) * shapes.width**-0.5
+        hidden = torch.ones(shapes.length, shapes.length, dtype=torch.bool).triu(1)
+        out = torch.einsum("bhij,bjhk->bihk", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+        truth = out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
+        return {"squares": squares(mine.run(), tuple(x[:, mine.positions] for x in truth))}
+
+    def memory(self, case: dict[str, Any], layout: str, strategy: str) -> dict[str, Any]:
+        """Peak bytes of this rank's call."""
+        peak = peak_bytes(Case.of(case), layout=layout, strategy=strategy, group=self._group, device=self._device)
+        return {"bytes": peak}
+
+    def virtual(self, case: dict[str, Any], layout: str, world: int, repeats: int) -> dict[str, Any]:
+        """The critical path of `world` ranks (see `virtual.critical_path`)."""
+        return critical_path(Case.of(case), layout=layout, world=world, repeats=repeats, device=self._device)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
