@@ -22,6 +22,7 @@ examples:
   longtrain generate runs/quickstart-20260131-120000 --prompt "def "
   longtrain bench training quickstart             speed beside a bare PyTorch loop
   longtrain bench attention                       attention over processes beside one process
+  longtrain bench kernels                         one device's kernels beside the best others
 
 longtrain/recipes/base.yaml lists every key with its unit and reason. Across machines, start the same entry with
 torchrun: torchrun --nproc_per_node 8 -m longtrain.train --config-name quickstart key=value
@@ -93,7 +94,19 @@ def build_parser() -> argparse.ArgumentParser:
     attention.add_argument("--strategy", metavar="NAMES", help="out of ring,allgather,ulysses,mesh,auto (ring)")
     attention.add_argument("--output", type=Path, metavar="FILE", help="write the results there too, as markdown")
     attention.set_defaults(command=_bench_attention)
+    _add_bench_kernels(kinds)
     return parser
+
+
+def _add_bench_kernels(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    kernels = kinds.add_parser("kernels", help="one device's kernels", description=_bench_kernels.__doc__)
+    kernels.add_argument("--device", help="cpu or gpu; default: a GPU where there is one")
+    kernels.add_argument("--repeats", type=int, default=5, metavar="N", help="samples of each side (default 5)")
+    kernels.add_argument("--only", metavar="PARTS", help="out of linear,delta,conv,cross-entropy, on a GPU more")
+    kernels.add_argument("--write", type=Path, metavar="DIR", help="write markdown and JSON there, by the hardware")
+    kernels.add_argument("--resources", action="store_true", help="instead: compile all, registers and shared memory")
+    kernels.add_argument("--roofline", action="store_true", help="instead: the least time that hardware allows")
+    kernels.set_defaults(command=_bench_kernels)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -164,3 +177,11 @@ def _bench_attention(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
     return benchmark_attention.run(options(**given))
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    """Measure the kernels on one device, each beside the best rival at hand and the least time that hardware allows."""
+    from longtrain.launch import benchmark_kernels
+
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    return benchmark_kernels.run(benchmark_kernels.options(**given))

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longtrain.kernels import checks
-from longtrain.kernels.dispatch import choose_backend
-from longtrain.kernels.linear_attention import LinearAttentionBackward, LinearAttentionForward, check_inputs
+from longtrain.kernels.linear_attention import check_inputs, chosen, stages
 from longtrain.kernels.precision import without_autocast
 from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
 from longtrain.parallel.communication import all_gather_stacked
@@ -43,6 +42,7 @@ class ScanOptions:
     scale: float
     return_state: bool
     initial_gradient: bool  # the initial state wants its gradient
+    backend: str  # "torch" or "triton": what computes a rank's own tokens
 
 
 def sequence_parallel_linear_attention(
@@ -92,8 +92,11 @@ def sequence_parallel_linear_attention(
     check_tokens("q", q, shard)
     if not isinstance(return_state, bool):
         raise ValueError(f"return_state: got {return_state!r}, expected True or False")
-    if choose_backend("linear_attention", backend, device=q.device) == "reference":
-        raise ValueError("backend: got 'reference', which has no stages to run over ranks; 'auto' and 'torch' do")
+    backend = chosen(backend, q, k, v)
+    if backend == "reference":
+        raise ValueError(
+            "backend: got 'reference', which has no stages to run over ranks; 'auto', 'torch' and 'triton' do"
+        )
     factor = checks.number("scale", scale)
     options = ScanOptions(
         shard=shard,
@@ -101,6 +104,7 @@ def sequence_parallel_linear_attention(
         scale=q.shape[3] ** -0.5 if factor is None else factor,
         return_state=return_state,
         initial_gradient=_wants_gradient(initial_state),
+        backend=backend,
     )
     agree(shard, _signature(q, k, v, log_decay, initial_state, options), device=q.device)
     if initial_state is not None:
@@ -122,7 +126,7 @@ def segment_scan_forward(
     plan, shard = options.plan, options.shard
     state_shape = (plan.slots, v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     logs_shape = (*state_shape[:3], q.shape[3] if log_decay is not None and log_decay.ndim == 4 else 1)
-    local = LinearAttentionForward(q, k, v, log_decay, plan.offsets, scale=options.scale)
+    local = stages(options.backend).forward(q, k, v, log_decay, plan.offsets, scale=options.scale)
     if plan.crosses or options.return_state:
         segment_logs, segment_states = local.summaries()
         summaries = [_of_runs(plan, segment_logs, plan.last), _of_runs(plan, segment_states, plan.last)]
@@ -160,7 +164,7 @@ def segment_scan_backward(
     """
     plan, shard = options.plan, options.shard
     state_shape = (plan.slots, v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    local = LinearAttentionBackward(q, k, v, log_decay, plan.offsets, dout, scale=options.scale)
+    local = stages(options.backend).backward(q, k, v, log_decay, plan.offsets, dout, scale=options.scale)
     final = None
     if plan.crosses or options.return_state or options.initial_gradient:
         message = _of_runs(plan, local.summaries(), plan.first)

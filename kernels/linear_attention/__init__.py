@@ -1,21 +1,24 @@
 """Linear attention on one device: the public operator, and the staged passes that scans over ranks call too."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longtrain import debug
 from longtrain.kernels import checks
-from longtrain.kernels.dispatch import choose_backend
-from longtrain.kernels.linear_attention import reference
+from longtrain.kernels.linear_attention import operators, reference
+from longtrain.kernels.linear_attention.operators import check_values
+from longtrain.kernels.linear_attention.stages import chosen, stages
 from longtrain.kernels.linear_attention.torch_impl import LinearAttentionBackward, LinearAttentionForward
 from longtrain.kernels.precision import without_autocast
 
-__all__ = ["LinearAttentionBackward", "LinearAttentionForward", "check_inputs", "linear_attention"]
+__all__ = [
+    "LinearAttentionBackward",
+    "LinearAttentionForward",
+    "check_inputs",
+    "chosen",
+    "linear_attention",
+    "stages",
+]
 
 
 def linear_attention(
@@ -49,41 +52,49 @@ def linear_attention(
         An empty document passes its initial state through.
     cu_seqlens: int32 or int64 [N+1], boundaries of N documents packed into the one row, from 0 to T, never decreasing;
         each document starts anew. Best kept on the CPU: elsewhere the host waits to read it.
-    backend: "auto", "torch" or "reference"; `longtrain.kernels.explain` tells what runs.
+    backend: "auto", "triton" (on a GPU; K and V up to 256; states and sums in float32), "torch" or "reference";
+        `longtrain.kernels.explain` tells what runs.
 
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """
-    check_inputs(q, k, v, log_decay)
-    backend = choose_backend("linear_attention", backend, device=q.device)
+    _check_shapes(q, k, v, log_decay)
     if not isinstance(return_state, bool):
         raise ValueError(f"return_state: got {return_state!r}, expected True or False")
     factor = checks.number("scale", scale)
     factor = q.shape[3] ** -0.5 if factor is None else factor
     batch, tokens, heads, value_width = v.shape
-    offsets = checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch)
+    offsets = _offsets(cu_seqlens, tokens=tokens, batch=batch)
     packed = cu_seqlens is not None
     if initial_state is not None:
         checks.floating("initial_state", initial_state, "[N, H, K, V]" if packed else "[B, H, K, V]")
-        count = offsets.size - 1 if packed else batch
+        count = offsets.shape[0] - 1 if packed else batch
         expected = (count, heads, q.shape[3], value_width)
         checks.sizes("initial_state", initial_state, expected, "[N, H, K, V]" if packed else "[B, H, K, V]")
         checks.same_device(q=q, initial_state=initial_state)
         initial_state = initial_state[None] if packed else initial_state[:, None]  # [B, N, H, K, V]
     if backend == "reference":
+        check_values(log_decay)
+        bounds = offsets.numpy()
         with without_autocast(q.device):
             out, state = reference.linear_attention(
-                q, k, v, log_decay, offsets, scale=factor, initial_state=initial_state
+                q, k, v, log_decay, bounds, scale=factor, initial_state=initial_state
             )
         out = out.to(q.dtype)
     else:
-        options = _Options(offsets, scale=factor, return_state=return_state)
-        out, state = _LinearAttention.apply(q, k, v, log_decay, initial_state, options)
+        out, state = operators.forward(
+            q, k, v, log_decay, initial_state, offsets, scale=factor, return_state=return_state, backend=backend
+        )
     return out, state.squeeze(0 if packed else 1) if return_state else None
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     """Refuse, with a ValueError naming the argument, tensors that linear attention cannot take: see there."""
+    _check_shapes(q, k, v, log_decay)
+    check_values(log_decay)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     checks.floating("q", q, "[B, T, G, K]")
     checks.floating("k", k, "[B, T, G, K]")
     checks.floating("v", v, "[B, T, H, V]")
@@ -108,48 +119,12 @@ def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
     if tuple(log_decay.shape) not in forms:
         expected = " or ".join(str(list(form)) for form in forms)
         raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meaning}: {expected}")
-    if log_decay.device.type == "cpu" or debug.enabled():
-        positive = log_decay > 0
-        if positive.any():
-            raise ValueError(f"log_decay: got {log_decay[positive].max():g}, expected no number above 0")
 
 
-@dataclass(frozen=True)
-class _Options:
-    offsets: np.ndarray
-    scale: float
-    return_state: bool
-
-
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        options: _Options,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v, log_decay, initial_state)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        with without_autocast(q.device):
-            forward = LinearAttentionForward(q, k, v, log_decay, options.offsets, scale=options.scale)
-            return forward.finish(initial_state, return_state=options.return_state)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, initial_state = ctx.saved_tensors
-        dout = torch.zeros_like(v) if dout is None else dout
-        with without_autocast(q.device):
-            backward = LinearAttentionBackward(q, k, v, log_decay, ctx.options.offsets, dout, scale=ctx.options.scale)
-            *gradients, dinitial = backward.finish(
-                initial_state,
-                dstate,
-                need_decay_gradient=ctx.needs_input_grad[3],
-                need_state_gradient=ctx.needs_input_grad[4],
-            )
-        return *gradients, None if dinitial is None else dinitial.to(initial_state.dtype), None
+def _offsets(cu_seqlens: Tensor | np.ndarray | None, *, tokens: int, batch: int) -> Tensor:
+    """The boundaries int64 [N+1] on the CPU. A compiler cannot look at them: what is wrong there, the operator says."""
+    if cu_seqlens is None:
+        return torch.tensor([0, tokens])
+    if isinstance(cu_seqlens, Tensor) and torch.compiler.is_compiling():
+        return cu_seqlens.detach().to("cpu", torch.int64)
+    return torch.from_numpy(checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch))

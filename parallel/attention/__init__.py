@@ -91,7 +91,8 @@ def sequence_parallel_attention(
     check_strategy_types(strategy, ulysses_degree)
     window = checks.attention_window(window)
     factor, cap = checks.number("scale", scale), checks.number("softcap", softcap, positive=True)
-    backend = choose_backend("softmax_attention", backend, device=q.device)
+    widths = {"K": q.shape[3], "V": v.shape[3]}
+    backend = choose_backend("softmax_attention", backend, device=q.device, dtype=q.dtype, widths=widths)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     left, right = window if window is not None else (None, None)
     out, lse, _ = operators.forward(

@@ -17,6 +17,7 @@ from longtrain.kernels.linear_attention import (
     LinearAttentionForward,
     check_inputs,
     chunking,
+    operators,
     within_chunk,
 )
 from longtrain.kernels.linear_attention.decays import Decay
@@ -184,11 +185,15 @@ class Work(TorchDispatchMode):
 
 
 def work(tokens: int, decay: str) -> Work:
+    """Of what the registered operators do inside, where no dispatch mode looks."""
     this = problem(decay, heads=(2, 2), widths=(16, 16), documents=[tokens], states="neither", batch=1)
-    inputs: dict[str, Any] = {name: x.requires_grad_() for name, x in this.inputs.items()}
+    q, k, v, g = (this.inputs.get(name) for name in ("q", "k", "v", "log_decay"))
+    assert q is not None and k is not None and v is not None
+    bounds = np.array([0, tokens])
     with Work() as counted:
-        out, _ = linear_attention(**inputs)
-        torch.autograd.grad(out, list(inputs.values()), this.gradients["out"])
+        LinearAttentionForward(q, k, v, g, bounds, scale=0.25).finish(None, return_state=False)
+        backward = LinearAttentionBackward(q, k, v, g, bounds, this.gradients["out"], scale=0.25)
+        backward.finish(None, None, need_decay_gradient=g is not None, need_state_gradient=False)
     return counted
 
 
@@ -260,7 +265,8 @@ REFUSED = [
     ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "cu_seqlens: got descending boundaries"),
     (
         {"backend": "triton"},
-        "backend: got 'triton', expected for linear_attention on cpu: 'auto', 'torch', 'reference'",
+        "backend: got 'triton' (Triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1, runs)), "
+        "expected for linear_attention on cpu: 'auto', 'torch', 'reference'",
     ),
     ({"backend": "chunked"}, "backend: got 'chunked'"),
 ]
@@ -294,3 +300,35 @@ def test_devices_are_made_to_wait_only_where_asked():
             dlog_decay = backward.finish(None, state, need_decay_gradient=True)[3]
             assert dlog_decay is not None and dlog_decay.shape == g.shape
         assert "aten::cumsum" not in done.names  # which CUDA refuses under torch.use_deterministic_algorithms
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_registered_operator_is_one(decay):
+    this = problem(decay, documents=[20, 0, 9])
+    x = this.inputs
+    arguments = [x["q"], x["k"], x["v"], x.get("log_decay"), x["initial_state"][None]]
+    leaves = [None if t is None else t.double().requires_grad_() for t in arguments]
+    options = {"scale": 0.7, "return_state": True, "backend": "torch"}
+    torch.library.opcheck(operators.forward, (*leaves, torch.tensor([0, 20, 20, 29])), options)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_it_compiles_as_one_graph(decay):
+    this = problem(decay)
+    inputs: dict[str, Any] = {name: x.double().requires_grad_() for name, x in this.inputs.items()}
+
+    def both(cu_seqlens: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        options = {"scale": 0.7, "return_state": True, "cu_seqlens": cu_seqlens}
+        return linear_attention(**tensors, **options)  # pyright: ignore[reportArgumentType] tensors by name
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    out, state = compiled(this.options["cu_seqlens"], **inputs)
+    assert state is not None
+    true = this.solve(torch.float64)
+    upstream = [this.gradients[name].double() for name in ("out", "state")]
+    found = torch.autograd.grad([out, state], list(inputs.values()), upstream)
+    for name, gradient in zip(inputs, found, strict=True):
+        assert torch.equal(gradient, true[f"d{name}"])
+    assert torch.equal(out, true["out"]) and torch.equal(state, true["state"])
+    with pytest.raises(ValueError, match="cu_seqlens: got descending boundaries"):
+        compiled(torch.tensor([0, 50, 40, 137]), **inputs)

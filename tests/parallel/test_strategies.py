@@ -83,6 +83,7 @@ def _possible(strategy: str, case: Case, world: int, rows: int) -> bool:
     return strategy != "ulysses" or (rows == 1 and case.heads % world == 0)
 
 
+@pytest.mark.timeout(3600)  # the whole product of 8 processes on 2 cores
 @pytest.mark.parametrize(
     ("world", "rows"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (8, 1), (4, 2), (8, 2), (8, 4), (4, 4)]
 )

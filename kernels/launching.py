@@ -1,0 +1,128 @@
+"""How a Triton kernel is launched: the one way from an operator's host code to the card.
+
+Operators call `launch`. Inside `with recording("sm_90") as launches:` nothing runs: each launch is written down, with
+the configuration that the named architecture would get. So an operator's host code, called on tensors of the device
+"meta", tells exactly which kernels a card would be given, and they can be compiled and examined without one.
+
+Triton is imported only when it is used, so that longtrain works where there is none.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled: block sizes and other constants by name, warps per program, stages of the pipeline."""
+
+    constants: Mapping[str, int | bool]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: `args` fill the kernel's ordinary parameters, `constants` its constexpr ones."""
+
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class _Recording:
+    architecture: str
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("longtrain_recording", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
+    """Run `kernel` on `grid` (1 to 3 sizes); one with a size of 0 runs nothing.
+
+    args: the kernel's ordinary parameters in order: tensors, tensor descriptors, numbers, None. All tensors lie on one
+    device. constants: its constexpr parameters, beside those of `config`.
+    """
+    constants = {**config.constants, **constants}
+    recording = _recording.get()
+    if recording is not None:
+        record = Launch(kernel, grid, args, constants, config.num_warps, config.num_stages)
+        recording.launches.append(record)
+        return
+    if 0 in grid:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if device.type == "cuda":  # Triton launches on the current device, whatever its tensors say
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, **options)
+    else:
+        kernel[grid](*args, **constants, **options)
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Write launches down instead of running them, as for a card of `architecture`; this thread only."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: got {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
+    record = _Recording(architecture)
+    token = _recording.set(record)
+    try:
+        yield record.launches
+    finally:
+        _recording.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations a device gets, one of ARCHITECTURES.
+
+    NVIDIA cards between and beyond these get those of the nearest one that is not above them; those with little shared
+    memory (consumer cards) those of gfx942, which fit them. Triton's interpreter, which has no blocks to choose, too.
+    """
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded.architecture
+    if device.type != "cuda" or torch.version.hip:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    known = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    return known.get(capability, "gfx942")
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "meta" and _recording.get() is not None:
+        return None
+    if device.type == "cpu":
+        return None if interpreted() else "Triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1, runs)"
+    if device.type != "cuda":
+        return f"the Triton kernels do not run on {device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 (A100) or above"
+    return None

@@ -1,0 +1,71 @@
+"""The block sizes of the Triton kernels: a small table by architecture, head width and dtype kind, and nothing else.
+
+kind: "half" where q, k and v are all bfloat16, "wide" otherwise. Widths fall into buckets: "narrow" (up to 64),
+"middle" (up to 128) and "broad" (up to 256); powers of two, which blocks are anyway.
+"""
+
+from longtrain.kernels.launching import Config
+
+# Programs that a card runs at a time, two for each multiprocessor: so many parts of sequences it takes to fill it. More
+# would cost bytes: all parts of a segment but the last are read twice.
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608}
+# Tokens of a part: so few that writing and reading its state, 12 K V bytes, costs little beside reading its tokens.
+SHORTEST_PART = 1024
+# With a gradient of the decays, running sums start anew at each part: short ones keep rounding errors from adding up.
+LONGEST_PART_WITH_DECAY_GRADIENT = 4096
+
+
+def bucket(key_width: int, value_width: int) -> str:
+    """The bucket of the wider one."""
+    widest = max(key_width, value_width)
+    return "narrow" if widest <= 64 else "middle" if widest <= 128 else "broad"
+
+
+# (architecture, kind, bucket) -> C. gfx942 has 64 KiB of shared memory, and float32 takes twice the room.
+def chunk_size(architecture: str, kind: str, width: str) -> int:
+    """C, the same for all kernels of a call."""
+    if kind == "wide":
+        return 16
+    if architecture == "gfx942":
+        return {"narrow": 64, "middle": 32, "broad": 16}[width]
+    return 32 if architecture == "sm_80" else 64
+
+
+def part_states(architecture: str, kind: str, width: str) -> Config:
+    """Blocks of the state [K, V]: BK x BV."""
+    if kind == "wide":
+        return Config({"BK": 64, "BV": 32}, 4, 2)
+    if width == "narrow":
+        return Config({"BK": 64, "BV": 64}, 4, 3)
+    if architecture == "gfx942":
+        return Config({"BK": 64, "BV": 64}, 4, 2)
+    return Config({"BK": 128, "BV": 64 if architecture == "sm_80" else 128}, 8, 3)
+
+
+def sweep(architecture: str, kind: str, width: str) -> Config:
+    """Blocks of outputs: BO columns of them beside all of the contracted width."""
+    if kind == "wide":
+        return Config({"BO": 16}, 8, 1)
+    if architecture == "gfx942":
+        return Config({"BO": 64}, 4, 2) if width == "narrow" else Config({"BO": 32}, 4, 1)
+    if architecture == "sm_80":
+        return Config({"BO": 16 if width == "broad" else 32}, 8, 1 if width == "broad" else 2)
+    if width == "broad":
+        return Config({"BO": 32}, 8, 2)
+    return Config({"BO": 64}, 8, 3 if width == "narrow" else 2)
+
+
+def keys_values(architecture: str, kind: str, width: str) -> Config:
+    """The sweeps for the gradients of k and of v in one launch: blocks as of `sweep`, registers for both."""
+    config = sweep(architecture, kind, width)
+    return Config(config.constants, 8 if kind == "half" and width != "narrow" else config.num_warps, config.num_stages)
+
+
+def channels(architecture: str, kind: str, width: str) -> Config:
+    """The kernels within chunks for decays per channel: BK channels at a time."""
+    return Config({"BK": 16}, 8, 1)
+
+
+def small(architecture: str, kind: str, width: str) -> Config:
+    """Kernels that only add up: the carry between parts, the decays' gradients."""
+    return Config({"BK": 16, "BV": 64}, 4, 1)
