@@ -102,6 +102,7 @@ def architecture(device: torch.device) -> str:
     return known.get(capability, "gfx942")
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how Triton looks up its settings
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     if importlib.util.find_spec("triton") is None:
