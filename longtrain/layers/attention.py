@@ -1,8 +1,18 @@
 """Sequence-parallel softmax attention as a module, for models that project q, k and v themselves."""
 
+import torch
 from torch import Tensor, nn
 
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
+from longtrain.parallel.attention.cost import Heads
+from longtrain.parallel.attention.relaying import (
+    AUTO,
+    HOME,
+    attention_shard,
+    check_layout,
+    moved,
+    prepare_attention,
+)
 
 
 class SequenceParallelAttention(nn.Module):
@@ -20,6 +30,10 @@ class SequenceParallelAttention(nn.Module):
         strategy: how keys and values reach the queries.
         ulysses_degree: the ranks that exchange heads, for strategy ``"mesh"``; None lets the cost model choose.
         backend: which kernels compute a tile.
+        layout: where attention runs: ``"home"``, the shard's own layout; a layout's name, to which q, k and v are moved
+            and from which the output is moved back, by one all-to-all each; ``"auto"``: the cost model's choice between
+            home and ``"balanced"``, for packed documents that leave a hybrid's home layout uneven. Cross-attention
+            (`key_shard`) runs at home; with a layout's name it is refused.
         dropout: must be 0. Over ranks every pair of a query and a key is computed twice, in forward and again in
             backward, on tiles whose shape depends on the layout: the same random mask would have to be made again
             there.
@@ -35,9 +49,11 @@ class SequenceParallelAttention(nn.Module):
         strategy: str = "auto",
         ulysses_degree: int | None = None,
         backend: str = "auto",
+        layout: str = "home",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_layout(layout)
         if dropout != 0:
             raise ValueError(
                 f"dropout: got {dropout}, expected 0: attention weights are computed again in backward, tile by tile "
@@ -50,6 +66,7 @@ class SequenceParallelAttention(nn.Module):
         self.strategy = strategy
         self.ulysses_degree = ulysses_degree
         self.backend = backend
+        self.layout = layout
 
     def forward(
         self,
@@ -65,11 +82,14 @@ class SequenceParallelAttention(nn.Module):
 
         S_w is T_w, or with `key_shard` the tokens that this rank holds of that. sinks: ``[H]``.
         """
+        target = self._target(q, k, v, shard, key_shard)
+        if target is not shard:
+            q, k, v = moved([q, k, v], shard, target)
         out, _ = sequence_parallel_attention(
             q,
             k,
             v,
-            shard,
+            target,
             key_shard=key_shard,
             causal=self.causal,
             window=self.window,
@@ -80,8 +100,42 @@ class SequenceParallelAttention(nn.Module):
             ulysses_degree=self.ulysses_degree,
             backend=self.backend,
         )
-        return out
+        return target.relayout(out, shard, dim=1)
+
+    def prepare(self, shard: SequenceShard, sizes: Heads, *, device: torch.device | str) -> None:
+        """Do now, in a data loader say, the host's work for calls on `shard` with tensors of these sizes."""
+        prepare_attention(
+            shard,
+            sizes,
+            device=device,
+            layout=self.layout,
+            strategy=self.strategy,
+            ulysses_degree=self.ulysses_degree,
+            causal=self.causal,
+            window=self.window,
+        )
+
+    def _target(
+        self, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, key_shard: SequenceShard | None
+    ) -> SequenceShard:
+        """The shard on which this call runs."""
+        if key_shard is not None and key_shard is not shard:
+            if self.layout not in (HOME, AUTO):
+                raise ValueError(f"layout: got {self.layout!r} with a key_shard, expected 'home' or 'auto'")
+            return shard
+        if self.layout == HOME or q.ndim != 4 or k.ndim != 4 or v.ndim != 4:  # (which the operator refuses)
+            return shard
+        return attention_shard(
+            shard,
+            Heads.of(q, k, v),
+            device=q.device,
+            layout=self.layout,
+            strategy=self.strategy,
+            ulysses_degree=self.ulysses_degree,
+            causal=self.causal,
+            window=self.window,
+        )
 
     def extra_repr(self) -> str:
-        names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree", "backend")
+        names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree", "backend", "layout")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -1,9 +1,9 @@
 """Which strategy a call runs: what the caller names, or for "auto" what the cost model finds fastest."""
 
-from torch import Tensor
+import torch
 
 from longtrain.parallel.attention.call import Window
-from longtrain.parallel.attention.cost import Heads, degrees, estimates, hardware_of
+from longtrain.parallel.attention.cost import Estimate, Heads, degrees, estimates, hardware_of
 from longtrain.parallel.shard import SequenceShard
 
 STRATEGIES = ("auto", "ring", "allgather", "ulysses", "mesh")
@@ -14,9 +14,8 @@ def choose(
     strategy: str,
     ulysses_degree: int | None,
     *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    sizes: Heads,
+    device: torch.device,
     shard: SequenceShard,
     key_shard: SequenceShard,
     causal: bool,
@@ -31,16 +30,25 @@ def choose(
         return "ring", shard.world
     if ulysses_degree is not None:
         return "ring", ulysses_degree
-    sizes = Heads(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size())
     kept = shard.plans.setdefault(key_shard, {})
-    key = ("choice", strategy, sizes, q.device.type, causal, window)
+    key = ("choice", strategy, sizes, device.type, causal, window)
     if key not in kept:
-        found = estimates(shard, key_shard, sizes, causal=causal, window=window, hardware=hardware_of(q.device))
-        if strategy == "mesh":  # a true mesh where there is one
-            found = [row for row in found if row.strategy != "allgather"]
-            found = [row for row in found if 1 < row.degree < shard.world] or found
-        kept[key] = "gather" if found[0].strategy == "allgather" else "ring", found[0].degree
+        found = estimates(shard, key_shard, sizes, causal=causal, window=window, hardware=hardware_of(device))
+        best = possible(found, strategy, ulysses_degree, ranks=shard.world)[0]
+        kept[key] = "gather" if best.strategy == "allgather" else "ring", best.degree
     return kept[key]
+
+
+def possible(found: list[Estimate], strategy: str, ulysses_degree: int | None, *, ranks: int) -> list[Estimate]:
+    """Those of the estimates that a strategy and degree leave to choose from, in the same order."""
+    if strategy == "auto":
+        return found
+    if strategy != "mesh":
+        return [row for row in found if row.strategy == strategy]
+    found = [row for row in found if row.strategy != "allgather"]
+    if ulysses_degree is not None:
+        return [row for row in found if row.degree == ulysses_degree]
+    return [row for row in found if 1 < row.degree < ranks] or found  # a true mesh where there is one
 
 
 def check_strategy_types(strategy: object, ulysses_degree: object) -> None:
@@ -56,7 +64,7 @@ def check_strategy_types(strategy: object, ulysses_degree: object) -> None:
 def check_strategy(strategy: str, ulysses_degree: int | None, *, heads: int, ranks: int, rows: int) -> None:
     """Refuse, with a ValueError, a strategy or degree that so many query heads and ranks, in rows, do not allow."""
     inner = ranks // rows
-    possible = degrees(inner, heads)
+    allowed = degrees(inner, heads)
     works = "'ring' and 'allgather' work with any heads"
     if strategy == "ulysses" and rows > 1:
         raise ValueError(
@@ -66,7 +74,7 @@ def check_strategy(strategy: str, ulysses_degree: int | None, *, heads: int, ran
     if strategy == "ulysses" and heads % ranks:
         raise ValueError(
             f"strategy: got 'ulysses' with H = {heads} query heads over {ranks} ranks, which does not divide; "
-            f"'mesh' works with ulysses_degree {_listed(possible)}, {works}"
+            f"'mesh' works with ulysses_degree {_listed(allowed)}, {works}"
         )
     if ulysses_degree is None:
         return
@@ -78,10 +86,10 @@ def check_strategy(strategy: str, ulysses_degree: int | None, *, heads: int, ran
             f"ulysses_degree: got {ulysses_degree} with strategy {strategy!r}, expected None or {fixed}; "
             "'mesh' takes others"
         )
-    if strategy == "mesh" and ulysses_degree not in possible:
+    if strategy == "mesh" and ulysses_degree not in allowed:
         raise ValueError(
             f"ulysses_degree: got {ulysses_degree} with H = {heads} query heads and {inner} ranks"
-            f"{' in a row' if rows > 1 else ''}, expected a divisor of both: {_listed(possible)}"
+            f"{' in a row' if rows > 1 else ''}, expected a divisor of both: {_listed(allowed)}"
         )
 
 

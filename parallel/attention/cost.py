@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from longtrain.kernels import checks
 from longtrain.kernels.intervals import visible_keys
@@ -67,6 +68,11 @@ class Heads:
     key_width: int
     value_width: int
     element_size: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Heads":
+        """The sizes of these tensors."""
+        return cls(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size())
 
 
 @dataclass(frozen=True)

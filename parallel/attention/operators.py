@@ -15,6 +15,7 @@ from longtrain.parallel.agreement import agree, check_shard, check_tokens, tenso
 from longtrain.parallel.attention import ring
 from longtrain.parallel.attention.call import AttentionCall
 from longtrain.parallel.attention.choice import check_strategy, choose
+from longtrain.parallel.attention.cost import Heads
 from longtrain.parallel.attention.strategies import attention_backward_over_ranks, attention_forward_over_ranks
 from longtrain.parallel.attention.ulysses import HeadExchange
 from longtrain.parallel.communication import accumulation_dtype, same_group
@@ -109,7 +110,14 @@ def _call(
     queries, keys = shard_of(shard), shard_of(key_shard)
     window = None if left is None and right is None else (left, right)
     chosen, degree = choose(
-        strategy, ulysses_degree, q=q, k=k, v=v, shard=queries, key_shard=keys, causal=causal, window=window
+        strategy,
+        ulysses_degree,
+        sizes=Heads.of(q, k, v),
+        device=q.device,
+        shard=queries,
+        key_shard=keys,
+        causal=causal,
+        window=window,
     )
     return AttentionCall(
         shard=queries,

@@ -110,10 +110,11 @@ def test_the_table_names_everything() -> None:
 
 
 def test_mesh_is_a_mesh_where_it_can_be() -> None:
-    q, k = torch.empty(1, 16, 8, 64), torch.empty(1, 16, 2, 64)
+    sizes = Heads(batch=1, heads=8, groups=2, key_width=64, value_width=64, element_size=4)
+    options = {"device": torch.device("cpu"), "causal": True, "window": None}
     for world, rows, expected in ((4, 1, {2}), (8, 1, {2, 4}), (4, 2, {2}), (3, 1, {1})):
         shard = SequenceShard.pretend(16 * world, rank=0, world=world, layout="zigzag", rows=rows)
-        chosen, degree = choose("mesh", None, q=q, k=k, v=k, shard=shard, key_shard=shard, causal=True, window=None)
+        chosen, degree = choose("mesh", None, sizes=sizes, shard=shard, key_shard=shard, **options)
         assert chosen == "ring" and degree in expected
 
 
