@@ -74,10 +74,18 @@ def attention_shard(
     kept = shard.plans.setdefault(shard, {})
     key = ("layout", strategy, ulysses_degree, sizes, torch.device(device).type, causal, window)
     if key not in kept:
-        options = {"strategy": strategy, "ulysses_degree": ulysses_degree, "causal": causal, "window": window}
-        costs = layout_costs(shard, sizes, hardware=hardware_of(device), **options)
+        costs = layout_costs(
+            shard,
+            sizes,
+            hardware=hardware_of(device),
+            strategy=strategy,
+            ulysses_degree=ulysses_degree,
+            causal=causal,
+            window=window,
+        )
         kept[key] = min(costs, key=lambda cost: cost.seconds).layout
-    return shard if kept[key] == HOME else shard.with_layout(kept[key])
+    chosen: str = kept[key]
+    return shard if chosen == HOME else shard.with_layout(chosen)
 
 
 def layout_costs(
@@ -95,7 +103,7 @@ def layout_costs(
     for name, target in ((HOME, shard), (_EVEN, even)) if even is not shard else ((HOME, shard),):
         found = estimates(target, target, sizes, causal=causal, window=window, hardware=hardware)
         fastest = possible(found, strategy, ulysses_degree, ranks=shard.world)[0].seconds
-        costs.append(LayoutCost(name, fastest, _move_seconds(shard, target, sizes, hardware)))
+        costs.append(LayoutCost(name, float(fastest), _move_seconds(shard, target, sizes, hardware)))
     return costs
 
 
@@ -131,14 +139,36 @@ def prepare_attention(
     The calls would do it themselves, the first one for all layers; a data loader does it beside the step before.
     Sends nothing.
     """
-    options = {"causal": causal, "window": window}
-    chosen = {"strategy": strategy, "ulysses_degree": ulysses_degree}
-    target = attention_shard(shard, sizes, device=device, layout=layout, **chosen, **options)
+    target = attention_shard(
+        shard,
+        sizes,
+        device=device,
+        layout=layout,
+        strategy=strategy,
+        ulysses_degree=ulysses_degree,
+        causal=causal,
+        window=window,
+    )
     way, degree = choose(
-        strategy, ulysses_degree, sizes=sizes, device=torch.device(device), shard=target, key_shard=target, **options
+        strategy,
+        ulysses_degree,
+        sizes=sizes,
+        device=torch.device(device),
+        shard=target,
+        key_shard=target,
+        causal=causal,
+        window=window,
     )
     call = AttentionCall(
-        shard=target, key_shard=target, **options, scale=1.0, softcap=None, strategy=way, degree=degree, backend="auto"
+        shard=target,
+        key_shard=target,
+        causal=causal,
+        window=window,
+        scale=1.0,
+        softcap=None,
+        strategy=way,
+        degree=degree,
+        backend="auto",
     )
     if way == "gather":
         call.planned(gather_plan)
@@ -149,7 +179,7 @@ def prepare_attention(
 
 
 def _move_seconds(shard: SequenceShard, target: SequenceShard, sizes: Heads, hardware: Hardware) -> float:
-    """q, k, v there and out back in forward; dout there and dq, dk, dv back in backward; for the rank that moves most."""
+    """q, k, v there, out back; in backward dout there, dq, dk, dv back: for the rank that moves most."""
     if target is shard:
         return 0.0
     tokens = _crossing(shard, target)

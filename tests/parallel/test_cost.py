@@ -1,6 +1,7 @@
 """The cost model counts what really happens: pairs, keys, bytes; and "auto" takes what it finds shortest."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_the_table_names_everything() -> None:
 
 def test_mesh_is_a_mesh_where_it_can_be() -> None:
     sizes = Heads(batch=1, heads=8, groups=2, key_width=64, value_width=64, element_size=4)
-    options = {"device": torch.device("cpu"), "causal": True, "window": None}
+    options: dict[str, Any] = {"device": torch.device("cpu"), "causal": True, "window": None}
     for world, rows, expected in ((4, 1, {2}), (8, 1, {2, 4}), (4, 2, {2}), (3, 1, {1})):
         shard = SequenceShard.pretend(16 * world, rank=0, world=world, layout="zigzag", rows=rows)
         chosen, degree = choose("mesh", None, sizes=sizes, shard=shard, key_shard=shard, **options)

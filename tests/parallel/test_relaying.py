@@ -1,6 +1,7 @@
-"""Attention that moves to another layout and back: the same numbers, and only where the cost model finds that it pays."""
+"""Attention that moves to another layout and back: the same numbers, moved only where it pays."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_the_choice_is_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, expected in ((1e10, "balanced"), (1e19, "zigzag")):
         monkeypatch.setattr(relaying, "hardware_of", lambda device, fast=fast: replace(H100, flops=fast))
         shard = _shard()
-        options = {"device": "cpu", "strategy": "ring"}
+        options: dict[str, Any] = {"device": "cpu", "strategy": "ring"}
         assert attention_shard(shard, SIZES, layout="auto", **options).layout.name == expected
         assert attention_shard(shard, SIZES, layout="home", **options) is shard
         assert attention_shard(shard, SIZES, layout="striped:4", **options).layout.name == "striped:4"
