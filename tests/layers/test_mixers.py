@@ -1,81 +1,78 @@
-"""Every mixer in the folder, found by itself: the same numbers on any number of ranks, and no look into the future."""
+"""What holds for every mixer, found by itself: the paper's numbers, on any number of ranks, and token by token."""
 
-import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from longtrain.layers import MIXERS, LayerPlace, SequenceParallelAttention, SwiGLU, rotate
-from longtrain.layers.mixers.lightning import head_log_decays
-from longtrain.layers.pattern import LayersConfig, plan_layers
-from longtrain.parallel import SequenceShard, sequence_parallel_attention
+from longtrain.layers import MIXERS, LayerPlace, Mixer
+from longtrain.layers.mixers.base import StatefulMixer
+from longtrain.parallel import SequenceShard
 from tests.distributed import run_distributed
+from tests.layers.mixer_cases import CASES, CU_SEQLENS, LENGTH, PLACE, build, companion, inputs, relative, truth
 
-PLACE = LayerPlace(width=32, index=1, depth=3)
-LENGTH = 43
-CU_SEQLENS = [0, 1, 9, 9, 30, 43]
-
-
-def build(name: str) -> torch.nn.Module:
-    torch.manual_seed(1)
-    mixer = MIXERS[name]
-    return mixer(mixer.Config(heads=4), PLACE).double()
-
-
-def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return tuple(torch.randn(1, LENGTH, PLACE.width, dtype=torch.float64, generator=generator) for _ in range(2))  # type: ignore[return-value]
+every_case = pytest.mark.parametrize(("name", "number"), CASES)
+SPREADS = {
+    1: ("contiguous", "zigzag"),
+    2: ("contiguous", "zigzag", "striped"),
+    3: ("contiguous", "zigzag"),
+    4: ("contiguous", "zigzag", "striped:4"),
+}
 
 
-def spread(rank: int, world: int, name: str, layout: str) -> list[Tensor]:
+@pytest.mark.parametrize("name", MIXERS)
+def test_has_a_reference(name: str) -> None:
+    module = companion(name)
+    wanted = f"tests/layers/references/{name}.py, described at the head of tests/layers/mixer_cases.py"
+    assert module is not None, f"mixer {name!r} has no {wanted}"
+    assert module.CASES and callable(module.reference), f"{wanted}: CASES and reference"
+
+
+def spread(rank: int, world: int, name: str, number: int, layout: str) -> list[Tensor]:
     """Output and gradients of input and weights, whole, from a mixer on a spread sequence."""
     import torch.distributed as dist
 
-    mixer = build(name)
+    mixer = build(name, number)
     x, dy = inputs()
     shard = SequenceShard(length=LENGTH, group=dist.group.WORLD, layout=layout, cu_seqlens=CU_SEQLENS)
     local = shard.split(x, dim=1).requires_grad_()
     y = mixer(local, shard)
-    y.backward(shard.split(dy, dim=1))
-    assert local.grad is not None
-    gradients = []
-    for parameter in mixer.parameters():
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        gradients.append(parameter.grad)
-    return [shard.gather(y.detach(), dim=1), shard.gather(local.grad, dim=1), *gradients]
+    gradients = torch.autograd.grad(y, [local, *mixer.parameters()], shard.split(dy, dim=1))
+    for gradient in gradients[1:]:
+        dist.all_reduce(gradient)
+    return [shard.gather(y.detach(), dim=1), shard.gather(gradients[0], dim=1), *gradients[1:]]
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+@every_case
+@pytest.mark.parametrize("world", SPREADS)
+def test_is_the_papers_loop_on_any_number_of_ranks(name: str, number: int, world: int) -> None:
+    wanted = truth(name, number)
+    for layout in SPREADS[world]:
+        for found in run_distributed(world, spread, name, number, layout):
+            errors = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
+            assert max(errors) < 1e-10, (layout, errors)
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize(
-    ("world", "layout"), [(2, "contiguous"), (2, "striped"), (3, "zigzag"), (4, "striped:4"), (4, "contiguous")]
-)
-def test_same_numbers_on_any_number_of_ranks(name: str, world: int, layout: str) -> None:
-    mixer = build(name)
-    x, dy = inputs()
-    x.requires_grad_()
-    # The oracle: every document alone.
-    y = torch.cat([mixer(part, SequenceShard(length=part.shape[1])) for part in documents(x)], dim=1)
-    y.backward(dy)
-    assert x.grad is not None
-    wanted = [y.detach(), x.grad, *(p.grad for p in mixer.parameters())]
-    for found in run_distributed(world, spread, name, layout):
-        assert [relative(a, b) < 1e-10 for a, b in zip(found, wanted, strict=True)] == [True] * len(wanted)  # type: ignore[arg-type]
+@every_case
+def test_float32_loses_what_the_reference_loses(name: str, number: int) -> None:
+    module = companion(name)
+    assert module is not None
+    x, dy = inputs(dtype=torch.float32)
+    results = {}
+    for kind, dtype in (("layer", torch.float32), ("loop", torch.float32), ("exact", torch.float64)):
+        mixer, seen = build(name, number, dtype=torch.float32).to(dtype), x.to(dtype).requires_grad_()
+        y = mixer(seen, SequenceShard(length=LENGTH)) if kind == "layer" else module.reference(mixer, seen[0])[None]
+        results[kind] = [y.detach(), *torch.autograd.grad(y, [seen, *mixer.parameters()], dy.to(dtype))]
+    for layer, loop, exact in zip(*results.values(), strict=True):
+        # 1e-6: where the loop happens to lose less than a rounding or two.
+        assert relative(layer.double(), exact) < 4 * relative(loop.double(), exact) + 1e-6
 
 
-def documents(x: Tensor) -> list[Tensor]:
-    return [x[:, a:b] for a, b in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True) if b > a]
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_nothing_comes_from_later_tokens(name: str) -> None:
-    mixer = build(name)
+@every_case
+def test_nothing_comes_from_later_tokens(name: str, number: int) -> None:
+    mixer = build(name, number)
     x, noise = inputs()
     changed = x.clone()
     changed[:, 20:] = noise[:, 20:]
@@ -85,109 +82,136 @@ def test_nothing_comes_from_later_tokens(name: str) -> None:
     assert not torch.isclose(before[:, 20:], after[:, 20:]).all()
 
 
-def test_softmax_is_attention_with_rotated_grouped_heads() -> None:
-    torch.manual_seed(3)
-    mixer = MIXERS["softmax"](MIXERS["softmax"].Config(heads=4, kv_heads=2, window=5), PLACE).double()
+@every_case
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@torch.no_grad()
+def test_steps_are_the_parallel_form(name: str, number: int, dtype: torch.dtype, allowed: float) -> None:
+    mixer = build(name, number, dtype=dtype)
+    if mixer.state_kind == "none":
+        with pytest.raises(NotImplementedError, match=name):
+            mixer.empty_state(1, "cpu", dtype)
+        return
+    x, _ = inputs(batch=2, dtype=dtype)
+    wanted = mixer(x, SequenceShard(length=LENGTH))
+    # From nothing; after one prompt; after a prompt in pieces, one of a single token and one of none.
+    for pieces in ((), (20,), (9, 1, 0, 14)):
+        state, outputs = mixer.empty_state(2, "cpu", dtype), []
+        for number_, piece in enumerate(pieces):
+            start = sum(pieces[:number_])
+            before = None if number_ == 0 else state
+            y, state = mixer.prefill(x[:, start : start + piece], SequenceShard(length=piece), before)
+            outputs.append(y)
+        for t in range(sum(pieces), LENGTH):
+            y, state = mixer.step(x[:, t], state)
+            outputs.append(y[:, None])
+        found = torch.cat(outputs, 1)
+        assert relative(found, wanted) < allowed, pieces
+        assert float((found - wanted).abs().max()) < 10 * allowed * float(wanted.abs().max())
+
+
+@every_case
+@torch.no_grad()
+def test_states_stay_small(name: str, number: int) -> None:
+    mixer = build(name, number)
+    if mixer.state_kind == "none":
+        return
+    x, _ = inputs()
+    _, state = mixer.prefill(x, SequenceShard(length=LENGTH))
+    assert isinstance(state, tuple) and hasattr(state, "_fields")
+    assert all(isinstance(leaf, Tensor | int) for leaf in tree_leaves(state))
+    before = size(state)
+    for _ in range(4):
+        for t in range(LENGTH):
+            _, state = mixer.step(x[:, t], state)
+    if mixer.state_kind == "constant":
+        assert size(state) == before == size(mixer.empty_state(1, "cpu", torch.float64))
+    else:
+        assert size(state) > before
+
+
+def size(state: Any) -> int:
+    return sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+@every_case
+def test_prefill_takes_one_document_on_one_device(name: str, number: int) -> None:
+    mixer = build(name, number)
+    if mixer.state_kind == "none":
+        return
+    x, _ = inputs()
+    for shard in (
+        SequenceShard(length=LENGTH, cu_seqlens=[0, 9, LENGTH]),
+        SequenceShard.pretend(LENGTH, rank=0, world=2),
+    ):
+        with pytest.raises(ValueError, match=r"shard: got \d documents? over \d ranks?"):
+            mixer.prefill(x, shard)
+
+
+@every_case
+def test_saved_and_loaded_it_is_the_same(name: str, number: int, tmp_path: Any) -> None:
+    mixer = build(name, number)
+    torch.save(mixer.state_dict(), tmp_path / "weights")
+    torch.manual_seed(9)
+    other = MIXERS[name](config_of(name, number), PLACE).double()
+    other.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
     x, _ = inputs()
     shard = SequenceShard(length=LENGTH)
-    q, k, v = (mixer.qkv.weight @ x[0].T).T.split((32, 16, 16), dim=1)  # type: ignore[union-attr, operator]
-    wanted = torch.zeros(LENGTH, 32, dtype=torch.float64)
-    for head in range(4):
-        rows = slice(8 * head, 8 * head + 8)
-        shared = slice(8 * (head // 2), 8 * (head // 2) + 8)
-        for i in range(LENGTH):
-            seen = range(max(0, i - 5), i + 1)
-            scores = torch.stack([turned(q[i, rows], i) @ turned(k[j, shared], j) for j in seen]) / math.sqrt(8)
-            wanted[i, rows] = scores.softmax(0) @ v[list(seen)][:, shared]
-    torch.testing.assert_close(mixer(x, shard)[0], wanted @ mixer.out.weight.T, rtol=0, atol=1e-12)  # type: ignore[union-attr, operator]
+    assert torch.equal(mixer(x, shard), other(x, shard))
 
 
-def turned(x: Tensor, position: int) -> Tensor:
-    """Each pair (i, i + K/2) as a complex number times e^(i angle): RoFormer, equation 34."""
-    half = len(x) // 2
-    angles = position * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((z.real, z.imag))
+def config_of(name: str, number: int) -> Any:
+    from tests.layers.mixer_cases import options_of
+
+    return MIXERS[name].Config(**options_of(name)[number])
 
 
-def test_rotation_depends_on_distance_only_and_starts_anew_in_each_document() -> None:
-    q, k = torch.randn(2, 1, 2, 3, 8, dtype=torch.float64)
-    near, far = (rotate(q, torch.tensor([5, 9]) + far) for far in (0, 1_000_000))
-    near_k, far_k = (rotate(k, torch.tensor([2, 3]) + far) for far in (0, 1_000_000))
-    torch.testing.assert_close((near * near_k).sum(-1), (far * far_k).sum(-1), rtol=1e-8, atol=1e-8)
-    shard = SequenceShard(length=6, cu_seqlens=[0, 4, 6])
-    assert shard.document_positions.tolist() == [0, 1, 2, 3, 0, 1]
+@every_case
+def test_weights_and_operations_are_counted(name: str, number: int) -> None:
+    config, mixer = config_of(name, number), build(name, number)
+    kind = type(mixer)
+    weights = list(mixer.parameters())
+    assert kind.count_parameters(config, PLACE) == sum(weight.numel() for weight in weights)
+    mixing = kind.mixing_flops(config, PLACE, CU_SEQLENS)
+    assert mixing > 0
+    projections = sum(2 * weight.numel() for weight in weights if weight.ndim > 1)
+    assert kind.flops_per_token(config, PLACE, CU_SEQLENS) == projections + mixing
+    if isinstance(mixer, StatefulMixer):
+        assert kind.mixing_flops(config, PLACE, [0, 1_000_000]) == mixing
+        # Every number of a matrix state is at least added to and read, a multiply-add each.
+        state = mixer.empty_state(1, "meta", torch.float32)
+        assert mixing >= 4 * sum(x.numel() for x in tree_leaves(state) if isinstance(x, Tensor) and x.ndim == 4)
 
 
-def test_lightning_is_the_papers_recurrence() -> None:
-    torch.manual_seed(4)
-    mixer = MIXERS["lightning"](MIXERS["lightning"].Config(heads=4), PLACE).double()
-    x, _ = inputs()
-    q, k, v, gate = (x[0] @ mixer.qkvg.weight.T).chunk(4, dim=1)  # type: ignore[union-attr, operator]
-    q, k = F.silu(q), F.silu(k)
-    # Slopes 2^-2, 2^-4, 2^-6, 2^-8 for 4 heads, two thirds of them in the second of three layers.
-    decay = torch.exp(-torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64) * (2 / 3))
-    wanted = torch.zeros(LENGTH, 32, dtype=torch.float64)
-    for head in range(4):
-        part, state = slice(8 * head, 8 * head + 8), torch.zeros(8, 8, dtype=torch.float64)
-        for t in range(LENGTH):
-            state = decay[head] * state + torch.outer(k[t, part], v[t, part])
-            wanted[t, part] = 8**-0.5 * q[t, part] @ state
-    by_head = wanted.unflatten(1, (4, 8))
-    wanted = (by_head / (by_head.square().mean(2, keepdim=True) + 1e-6).sqrt()).flatten(1) * torch.sigmoid(gate)
-    found = mixer(x, SequenceShard(length=LENGTH))[0]
-    torch.testing.assert_close(found, wanted @ mixer.out.weight.T, rtol=0, atol=1e-8)  # type: ignore[union-attr, operator]
+@pytest.mark.parametrize("name", MIXERS)
+def test_heads_that_do_not_divide_are_refused(name: str) -> None:
+    kind = MIXERS[name]
+    if "heads" not in kind.Config.__dataclass_fields__:
+        return
+    kind.check(kind.Config(heads=4), PLACE)
+    for heads in (0, 5):
+        with pytest.raises(ValueError, match=rf"heads: got {heads}"):
+            kind.check(kind.Config(heads=heads), LayerPlace(width=32, index=0, depth=1))
 
 
-def test_lightning_forgets_less_in_deeper_layers_and_later_heads() -> None:
-    decays = torch.stack([head_log_decays(8, LayerPlace(width=64, index=i, depth=4)) for i in range(4)])
-    assert (decays < 0).all() and (decays[1:] > decays[:-1]).all() and (decays[:, 1:] > decays[:, :-1]).all()
+def test_a_mixer_without_steps_says_so() -> None:
+    class Plain(Mixer):
+        name = "plain"
 
+        @classmethod
+        def check(cls, config: Any, place: LayerPlace) -> None: ...
 
-def test_attention_module_has_the_functions_numbers() -> None:
-    q, k, v = (torch.randn(1, 11, heads, 8) for heads in (4, 2, 2))
-    shard = SequenceShard(length=11, cu_seqlens=[0, 5, 11])
-    sinks = torch.randn(4)
-    options = {"window": (3, 0), "softcap": 5.0, "scale": 0.2}
-    out = SequenceParallelAttention(**options)(q, k, v, shard, sinks=sinks)
-    assert torch.equal(out, sequence_parallel_attention(q, k, v, shard, sinks=sinks, **options)[0])
+        def __init__(self) -> None:
+            super().__init__(None, PLACE)
 
+        def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
+            return x
 
-def test_swiglu_and_its_gradient_are_the_equations() -> None:
-    torch.manual_seed(5)
-    mlp = SwiGLU(8, 12).double()
-    x, dy = torch.randn(2, 1, 5, 8, dtype=torch.float64)
-    x.requires_grad_()
-    gate, up = mlp.gate_up.weight[:12], mlp.gate_up.weight[12:]
-    wanted = (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T
-    weights = [x, *mlp.parameters()]
-    found = mlp(x)
-    torch.testing.assert_close(found, wanted)
-    for a, b in zip(torch.autograd.grad(found, weights, dy), torch.autograd.grad(wanted, weights, dy), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_patterns_repeat_over_depth() -> None:
-    config = LayersConfig(pattern=["lightning", "softmax"], mixers={"softmax": {"heads": 2}})
-    planned = plan_layers(config, width=32, depth=5)
-    assert [mixer.name for mixer, _, _ in planned] == ["lightning", "softmax", "lightning", "softmax", "lightning"]
-    assert [place.index for _, _, place in planned] == list(range(5))
-    assert planned[1][1].heads == 2
-
-
-@pytest.mark.parametrize(
-    ("config", "parts"),
-    [
-        ({"pattern": ["lightening"]}, ("layers.pattern", "'lightening'", "'lightning'")),
-        ({"mixers": {"softmax": {"head": 1}}}, ("layers.mixers.softmax.head", "'heads'")),
-        ({"mixers": {"softmax": {"heads": 4.0}}}, ("layers.mixers.softmax.heads", "4.0", "whole number")),
-        ({"mixers": {"softmax": {"heads": 5}}}, ("layers.mixers.softmax.heads", "5", "32")),
-        ({"mixers": {"softmax": {"heads": 4, "head_width": 7}}}, ("head_width", "7", "even")),
-        ({"mixers": {"softmax": {"heads": 4, "window": -1}}}, ("window", "-1")),
-        ({"pattern": ["lightning"], "mixers": {"lightning": {"heads": 0}}}, ("lightning.heads", "0")),
-    ],
-)
-def test_bad_layers_are_refused_by_key(config: dict, parts: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as refusal:
-        plan_layers(LayersConfig(**config), width=32, depth=2)
-    assert all(part in str(refusal.value) for part in parts)
+    mixer, x = Plain(), torch.zeros(1, 3, 32)
+    assert mixer.state_kind == "none"
+    for call in (
+        lambda: mixer.empty_state(1, "cpu", torch.float32),
+        lambda: mixer.prefill(x, SequenceShard(length=3)),
+        lambda: mixer.step(x[:, 0], None),
+    ):
+        with pytest.raises(NotImplementedError, match="plain keeps no state: its text is run again"):
+            call()

@@ -1,12 +1,52 @@
-"""What every token mixer is: a module that maps x and its shard to y, with its own frozen options."""
+"""What every token mixer is: a module that maps x and its shard to y, with its own frozen options.
+
+Which class to take
+    Mixer            Anything. Write ``forward(x, shard)``; softmax attention is one.
+    RecurrentMixer   Runs along the sequence and needs consecutive tokens on each rank. Write ``mix(x, shard)``.
+    StatefulMixer    A RecurrentMixer that generates with constant memory. Write ``scan(x, shard, state)``,
+                     ``empty_state`` and ``mixing_flops``; training, prefill, prefill in pieces and steps are all this
+                     one method, so they cannot disagree.
+
+A StatefulMixer in outline (``longtrain.layers.recurrence`` has the recurrences; a short convolution's state is its last
+inputs):
+
+    class State(NamedTuple):              # tensors [B, ...], and whole numbers such as the position
+        memory: Tensor                    # [B, H, K, V], float32 (float64 for a float64 model): ``state_dtype``
+        position: int                     # tokens so far; only where positions matter
+
+    def empty_state(self, batch, device, dtype):
+        return State(torch.zeros(batch, H, K, V, device=device, dtype=state_dtype(dtype)), 0)
+
+    def scan(self, x, shard, state):      # x [B, T_w, D]; state None: nobody wants it, return (y, None)
+        q, k, v = ...
+        o, memory = scan_linear_attention(q, k, v, log_decay, shard, None if state is None else state.memory)
+        return self.out(o.flatten(2)), None if state is None else State(memory, state.position + x.shape[1])
+
+House rules for mixers
+    - The projection to the residual stream is an ``nn.Linear`` called ``out``: the model scales its first weights by
+      depth. The model also draws the weights of every ``nn.Linear``; a mixer draws its other parameters itself, and
+      its buffers are made in ``__init__`` by plain tensor operations (no ``.item()``), because parameters are counted
+      on the meta device.
+    - Options are a frozen dataclass, each with a default and a comment; its types are int, float, bool, str or one of
+      these or None. ``check`` refuses values, ``check_ranks`` strategies and degrees.
+    - Positions are those inside the document: ``shard.document_positions_on(x.device)``, plus ``state.position``.
+    - ``tests/layers/references/<name>.py`` holds the paper's equations as a loop over tokens; the tests in
+      ``tests/layers`` find the mixer and that file by themselves and say what is missing.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from longtrain.parallel import SequenceShard
+
+Boundaries = np.ndarray | Sequence[int]
+"""Document boundaries [N+1] from 0 to T."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +68,8 @@ class Mixer(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[Any]]
 
+    # ---- what a recipe asks for -------------------------------------------------------------------------------------
+
     @classmethod
     @abstractmethod
     def check(cls, config: Any, place: LayerPlace) -> None:
@@ -40,6 +82,35 @@ class Mixer(nn.Module, ABC):
         strategy: the recipe's, for mixers that have none of their own.
         """
 
+    # ---- what it costs ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def count_parameters(cls, config: Any, place: LayerPlace) -> int:
+        """Number of weights of a mixer with these options."""
+        return sum(parameter.numel() for parameter in cls._on_meta(config, place).parameters())
+
+    @classmethod
+    def flops_per_token(cls, config: Any, place: LayerPlace, cu_seqlens: Boundaries) -> float:
+        """Floating-point operations of forward per token, a multiply-add as 2, averaged over a sequence.
+
+        cu_seqlens: the sequence's document boundaries, ``[N+1]`` from 0 to T. Counts projections (every weight matrix
+        meets every token once) and mixing; norms, gates and activations are left out, as is usual.
+        """
+        matrices = sum(p.numel() for p in cls._on_meta(config, place).parameters() if p.ndim > 1)
+        return 2.0 * matrices + cls.mixing_flops(config, place, cu_seqlens)
+
+    @classmethod
+    def mixing_flops(cls, config: Any, place: LayerPlace, cu_seqlens: Boundaries) -> float:
+        """The part of ``flops_per_token`` where tokens meet: 0 unless a mixer says what it is."""
+        return 0.0
+
+    @classmethod
+    def _on_meta(cls, config: Any, place: LayerPlace) -> "Mixer":
+        with torch.device("meta"):
+            return cls(config, place)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def __init__(self, config: Any, place: LayerPlace) -> None:
         super().__init__()
@@ -47,6 +118,35 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
         """Mix tokens. x ``[B, T_w, D]``, this rank's tokens of ``shard`` -> y ``[B, T_w, D]``."""
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_kind(self) -> Literal["none", "growing", "constant"]:
+        """Whether it has the three methods below, and whether the state's size grows with the text.
+
+        "none": generation runs the whole text again for every token.
+        """
+        return "none"
+
+    def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """The state before the first token of ``batch`` texts: a NamedTuple of tensors and whole numbers.
+
+        dtype: that of x. States of recurrences are in ``state_dtype(dtype)``.
+        """
+        raise NotImplementedError(f"{self.name} keeps no state: its text is run again for every token")
+
+    def prefill(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        """As ``forward`` on one device and one document, with the state after its last token.
+
+        x ``[B, T, D]`` -> y ``[B, T, D]`` and the state. state: where an earlier piece of the same text ended (it may
+        be written to: use the one that is returned); None at the text's beginning.
+        """
+        raise NotImplementedError(f"{self.name} keeps no state: its text is run again for every token")
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next token. x ``[B, D]`` -> y ``[B, D]`` and the state after it; ``state`` may be written to."""
+        raise NotImplementedError(f"{self.name} keeps no state: its text is run again for every token")
 
 
 class RecurrentMixer(Mixer):
@@ -65,3 +165,75 @@ class RecurrentMixer(Mixer):
     @abstractmethod
     def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
         """As ``forward``, on a shard whose layout keeps long segments."""
+
+
+class StatefulMixer(RecurrentMixer):
+    """A recurrent mixer with a state of fixed size, from which it can go on: memory and time per token stay constant.
+
+    Subclasses write ``scan``, ``empty_state`` and ``mixing_flops``; see the head of this file.
+    """
+
+    @abstractmethod
+    def scan(self, x: Tensor, shard: SequenceShard, state: Any) -> tuple[Tensor, Any]:
+        """Mix tokens from a state on.
+
+        x: ``[B, T_w, D]``. shard: in training any with long segments. state: None in training: start every document
+            from nothing and return None for the state. Otherwise the state before the first token, and shard is the
+            whole of one document on one device (in a step its length is 1).
+
+        Returns:
+            y ``[B, T_w, D]`` and the state after the last token.
+        """
+
+    @classmethod
+    @abstractmethod
+    def mixing_flops(cls, config: Any, place: LayerPlace, cu_seqlens: Boundaries) -> float:
+        """Floating-point operations per token of the recurrence: 4 H K V where a state is added to and read once."""
+
+    @abstractmethod
+    def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """The state before the first token of ``batch`` texts: a NamedTuple of tensors and whole numbers."""
+
+    @property
+    def state_kind(self) -> Literal["none", "growing", "constant"]:
+        return "constant"
+
+    def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
+        return self.scan(x, shard, None)[0]
+
+    def prefill(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        check_prompt(shard)
+        if state is None:
+            state = self.empty_state(x.shape[0], x.device, x.dtype)
+        return self.scan(x, shard, state)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.scan(x[:, None], ONE_TOKEN, state)
+        return y[:, 0], state
+
+
+ONE_TOKEN = SequenceShard(length=1)
+"""The shard of a step."""
+
+
+def check_prompt(shard: SequenceShard) -> None:
+    """Refuse, with a ValueError, a shard that is not the whole of one document on one device."""
+    if shard.world != 1 or shard.documents != 1:
+        raise ValueError(
+            f"shard: got {shard.documents} documents over {shard.world} ranks, prefill takes one document on one device"
+        )
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a recurrence's state for inputs of a dtype: float64 for float64, otherwise float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_heads(heads: int, head_width: int | None, place: LayerPlace) -> None:
+    """Refuse, with a ValueError, head counts and widths that cannot work; None for the width is D / heads."""
+    if heads < 1:
+        raise ValueError(f"heads: got {heads}, it must be at least 1")
+    if head_width is None and place.width % heads:
+        raise ValueError(f"heads: got {heads}, it must divide model.width = {place.width}")
+    if head_width is not None and head_width < 1:
+        raise ValueError(f"head_width: got {head_width}, it must be at least 1")

@@ -1,14 +1,15 @@
 """Lightning attention: linear attention with a fixed decay per head, gated output and its own norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import LayerPlace, RecurrentMixer
-from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, state_dtype
+from longtrain.layers.recurrence import scan_linear_attention
+from longtrain.parallel import SequenceShard
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ def head_log_decays(heads: int, place: LayerPlace) -> Tensor:
     return (-(2.0 ** (-8 * head / heads)) * (1 - place.index / place.depth)).float()
 
 
-class LightningMixer(RecurrentMixer):
+class LightningState(NamedTuple):
+    """What generation keeps."""
+
+    memory: Tensor  # S [B, H, K, V]
+
+
+class LightningMixer(StatefulMixer):
     """``y = W_o (norm(o) * sigmoid(W_g x))`` with ``S_t = lambda S_{t-1} + k_t v_t^T``, ``o_t = q_t S_t``.
 
     q and k pass through SiLU and are not rotated: the decay carries position. "Scaling TransNormer to 175 Billion
@@ -47,10 +54,11 @@ class LightningMixer(RecurrentMixer):
 
     @classmethod
     def check(cls, config: LightningConfig, place: LayerPlace) -> None:
-        if config.heads < 1:
-            raise ValueError(f"heads: got {config.heads}, it must be at least 1")
-        if config.head_width is None and place.width % config.heads:
-            raise ValueError(f"heads: got {config.heads}, it must divide model.width = {place.width}")
+        check_heads(config.heads, config.head_width, place)
+
+    @classmethod
+    def mixing_flops(cls, config: LightningConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
+        return 4.0 * config.heads * config.key_width(place.width) ** 2
 
     def __init__(self, config: LightningConfig, place: LayerPlace) -> None:
         super().__init__(config, place)
@@ -61,12 +69,19 @@ class LightningMixer(RecurrentMixer):
         self.out = nn.Linear(inner, place.width, bias=False)
         self.register_buffer("log_decay", head_log_decays(config.heads, place), persistent=False)
 
-    def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
+    def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> LightningState:
+        shape = (batch, len(self.log_decay), self.key_width, self.key_width)
+        return LightningState(torch.zeros(shape, device=device, dtype=state_dtype(dtype)))
+
+    def scan(
+        self, x: Tensor, shard: SequenceShard, state: LightningState | None
+    ) -> tuple[Tensor, LightningState | None]:
         inner = self.out.in_features
         qk, v, gate = self.qkvg(x).split((2 * inner, inner, inner), dim=-1)
         q, k = F.silu(qk).chunk(2, dim=-1)
         q, k, v = (z.unflatten(-1, (-1, self.key_width)) for z in (q, k, v))
-        o, _ = sequence_parallel_linear_attention(q, k, v, self.log_decay, shard)
+        before = None if state is None else state.memory
+        o, memory = scan_linear_attention(q, k, v, self.log_decay, shard, before)
         # Head by head: the sums of a head that forgets slowly are far larger than those of one that forgets fast.
         o = F.rms_norm(o, (self.key_width,), eps=1e-6).flatten(2)
-        return self.out(o * torch.sigmoid(gate))
+        return self.out(o * torch.sigmoid(gate)), None if memory is None else LightningState(memory)

@@ -1,12 +1,15 @@
 """Softmax attention with rotary positions and grouped heads, the mixer of Llama-shaped models."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from longtrain.kernels import softmax_attention
 from longtrain.layers.attention import SequenceParallelAttention
-from longtrain.layers.mixers.base import LayerPlace, Mixer
+from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_heads, check_prompt
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
@@ -21,6 +24,9 @@ class SoftmaxConfig:
     head_width: int | None = None  # K and V; None: width / heads
     rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
     window: int | None = None  # tokens to the left that a query sees besides itself; None: all
+    qk_norm: bool = False  # RMS-normalise each head of q and k, with learned weights, before they are rotated
+    sinks: bool = False  # one learned logit per head joins the softmax's denominator
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them
     strategy: str = "auto"  # how keys and values reach the queries (sequence_parallel_attention)
 
     @property
@@ -31,11 +37,53 @@ class SoftmaxConfig:
         return width // self.heads if self.head_width is None else self.head_width
 
 
+class KeyValueCache(NamedTuple):
+    """Keys (rotated) and values that later queries will see, ``[B, size, G, K]``: token p lies in row p modulo size.
+
+    Without a window size is at least the number of tokens so far, and doubles when it is not enough. With one it is
+    window + 1 for good: a token takes the place of the one that has just left the window.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: int  # tokens so far
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens held, in no particular order."""
+        count = min(self.position, self.keys.shape[1])
+        return self.keys[:, :count], self.values[:, :count]
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """The same, oldest token first."""
+        size = self.keys.shape[1]
+        if self.position <= size:
+            return self.held()
+        return self.keys.roll(-(self.position % size), 1), self.values.roll(-(self.position % size), 1)
+
+    def extended(self, k: Tensor, v: Tensor, *, ring: bool) -> "KeyValueCache":
+        """With the keys and values of further tokens, ``[B, n, G, K]``; written in place where they fit."""
+        keys, values = self.keys, self.values
+        end = self.position + k.shape[1]
+        if not ring and end > keys.shape[1]:
+            more = max(end, 2 * keys.shape[1]) - keys.shape[1]
+            keys, values = (torch.cat((x, x.new_empty(x.shape[0], more, *x.shape[2:])), 1) for x in (keys, values))
+        size = keys.shape[1]
+        first = max(self.position, end - size)  # older ones would only be overwritten
+        rows = torch.arange(first, end, device=k.device) % size
+        keys[:, rows], values[:, rows] = k[:, first - self.position :], v[:, first - self.position :]
+        return KeyValueCache(keys, values, end)
+
+
 class SoftmaxMixer(Mixer):
     """Causal softmax attention: ``y = W_o softmax(R(q) R(k)^T / sqrt(K)) v`` ("Attention Is All You Need", equation 1).
 
     R is the rotary embedding by the position inside the document. Keys and values may have fewer heads than queries
-    ("GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints").
+    ("GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"). Options: RMS norms of q
+    and k ("Scaling Vision Transformers to 22 Billion Parameters", section 2, with the RMS norm per head of Qwen3);
+    a window ("Longformer", section 3.1); sinks, a logit s_h per head in the denominator, ``exp(a_ij) / (exp(s_h) +
+    sum_j exp(a_ij))`` (gpt-oss; "Efficient Streaming Language Models with Attention Sinks"); softcap (Gemma 2).
+
+    Generation keeps keys and values: of all tokens, or with a window of the last window + 1.
     """
 
     name: ClassVar[str] = "softmax"
@@ -43,16 +91,19 @@ class SoftmaxMixer(Mixer):
 
     @classmethod
     def check(cls, config: SoftmaxConfig, place: LayerPlace) -> None:
-        if config.heads < 1:
-            raise ValueError(f"heads: got {config.heads}, it must be at least 1")
+        check_heads(config.heads, config.head_width, place)
         if config.groups < 1 or config.heads % config.groups:
             raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        if config.head_width is None and place.width % config.heads:
-            raise ValueError(f"heads: got {config.heads}, it must divide model.width = {place.width}")
-        if config.key_width(place.width) % 2:
-            raise ValueError(f"head_width: got {config.key_width(place.width)}, rotary embedding needs an even width")
+        if config.key_width(place.width) % 2 or config.key_width(place.width) < 2:
+            raise ValueError(
+                f"head_width: got {config.key_width(place.width)}, rotary positions need an even number from 2 on"
+            )
+        if not config.rope_base > 1:
+            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
         if config.window is not None and config.window < 0:
-            raise ValueError(f"window: got {config.window}, it must be 0 or more tokens (null: all)")
+            raise ValueError(f"window: got {config.window}, it must be 0 or more (null: no window)")
+        if config.softcap is not None and not config.softcap > 0:
+            raise ValueError(f"softcap: got {config.softcap}, it must be above 0 (null: none)")
         if config.strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {config.strategy!r}, expected one of {', '.join(STRATEGIES)}")
 
@@ -61,20 +112,80 @@ class SoftmaxMixer(Mixer):
         own = strategy if config.strategy == "auto" else config.strategy
         check_strategy(own, None, heads=config.heads, ranks=ranks, rows=rows)
 
+    @classmethod
+    def mixing_flops(cls, config: SoftmaxConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
+        """4 H K for each pair of a query and a key that it sees: its score, and its value's part."""
+        lengths = np.diff(np.asarray(cu_seqlens, dtype=np.float64))
+        span = lengths if config.window is None else np.minimum(lengths, config.window + 1)
+        pairs = float((span * (span + 1) / 2 + (lengths - span) * span).sum())
+        return 4.0 * config.heads * config.key_width(place.width) * pairs / max(lengths.sum(), 1)
+
     def __init__(self, config: SoftmaxConfig, place: LayerPlace) -> None:
         super().__init__(config, place)
         self.check(config, place)
         self.heads, self.groups = config.heads, config.groups
         self.key_width = config.key_width(place.width)
         self.rope_base = config.rope_base
+        self.window = config.window
         self.qkv = nn.Linear(place.width, (self.heads + 2 * self.groups) * self.key_width, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.key_width, eps=1e-6) if config.qk_norm else None for _ in range(2))
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
         self.out = nn.Linear(self.heads * self.key_width, place.width, bias=False)
         window = None if config.window is None else (config.window, 0)
-        self.attention = SequenceParallelAttention(causal=True, window=window, strategy=config.strategy)
+        self.attention = SequenceParallelAttention(
+            causal=True, window=window, softcap=config.softcap, strategy=config.strategy
+        )
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
+        q, k, v = self._project(x, shard.document_positions_on(x.device))
+        return self.out(self.attention(q, k, v, shard, sinks=self.sinks).flatten(2))
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B, T_w, H, K]``, k and v ``[B, T_w, G, K]``; q and k normalised and rotated."""
         heads = self.qkv(x).unflatten(-1, (-1, self.key_width))
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=2)
-        q = rotate(q, shard.document_positions_on(x.device), base=self.rope_base)
-        k = rotate(k, shard.document_positions_on(x.device), base=self.rope_base)
-        return self.out(self.attention(q, k, v, shard).flatten(2))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, positions, base=self.rope_base), rotate(k, positions, base=self.rope_base), v
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_kind(self) -> Literal["none", "growing", "constant"]:
+        return "growing" if self.window is None else "constant"
+
+    def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
+        size = 64 if self.window is None else self.window + 1
+        keys, values = torch.zeros(2, batch, size, self.groups, self.key_width, device=device, dtype=dtype)
+        return KeyValueCache(keys, values, 0)
+
+    def prefill(
+        self, x: Tensor, shard: SequenceShard, state: KeyValueCache | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
+        check_prompt(shard)
+        positions = shard.document_positions_on(x.device)
+        if state is None:
+            q, k, v = self._project(x, positions)
+            state = self.empty_state(x.shape[0], x.device, k.dtype)
+            o = self.attention(q, k, v, shard, sinks=self.sinks)
+        else:
+            q, k, v = self._project(x, positions + state.position)
+            seen = zip(state.in_order(), (k, v), strict=True)
+            keys, values = (torch.cat((old, new.to(old.dtype)), 1) for old, new in seen)
+            # With more keys than queries the last query stands on the last key.
+            o = self._attend(q, keys, values, causal=True)
+        return self.out(o.flatten(2)), state.extended(k, v, ring=self.window is not None)
+
+    def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+        positions = ONE_TOKEN.document_positions_on(x.device) + state.position
+        q, k, v = self._project(x[:, None], positions)
+        state = state.extended(k, v, ring=self.window is not None)
+        # What is held is what this token sees, and the order of keys does not matter to a softmax.
+        o = self._attend(q, *state.held(), causal=False)
+        return self.out(o.flatten(2))[:, 0], state
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        window = self.attention.window if causal else None
+        softcap = self.attention.softcap
+        out, _ = softmax_attention(q, k, v, causal=causal, window=window, softcap=softcap, sinks=self.sinks)
+        return out

@@ -1,0 +1,53 @@
+"""Recurrences as mixers call them: over ranks in training, from a state on in generation, token by token in steps.
+
+Each takes ``state``: None in training (every document starts from nothing, and nobody wants the state: None comes
+back); otherwise the state before the first token, of one document on one device, and the state after the last comes
+back. A single token from a state is a few plain PyTorch operations: constant time, differentiable.
+"""
+
+from torch import Tensor
+
+from longtrain.kernels.precision import without_autocast
+from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
+
+
+def is_step(shard: SequenceShard, state: object) -> bool:
+    """Whether a call is a single token from a state on."""
+    return state is not None and shard.length == 1 and shard.world == 1
+
+
+def scan_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    shard: SequenceShard,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T``, ``o_t = scale * q_t S_t``.
+
+    q, k ``[B, T_w, G, K]``, v ``[B, T_w, H, V]``, log_decay as in ``sequence_parallel_linear_attention``; state None or
+    ``[B, H, K, V]``, float32 (float64 for float64 inputs). Returns o ``[B, T_w, H, V]`` and the state (None for None).
+    """
+    if state is None:
+        return sequence_parallel_linear_attention(q, k, v, log_decay, shard, scale=scale)
+    if not is_step(shard, state):
+        return sequence_parallel_linear_attention(
+            q, k, v, log_decay, shard, scale=scale, initial_state=state, return_state=True
+        )
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    with without_autocast(q.device):
+        if log_decay is not None:
+            decay = log_decay.to(state.dtype).exp()
+            decay = decay if log_decay.ndim == 1 else decay[:, 0]  # [H], [B, H] or [B, H, K]
+            state = state * (decay[..., None] if log_decay.ndim == 4 else decay[..., None, None])
+        state = state + one_token(k, state)[..., None] * one_token(v, state)[..., None, :]
+        out = (one_token(q, state) * factor)[..., None, :] @ state
+    return out.transpose(1, 2).to(q.dtype), state
+
+
+def one_token(x: Tensor, state: Tensor) -> Tensor:
+    """x ``[B, 1, G, K]`` as ``[B, H, K]`` in the state's dtype, each of G heads once for each head that shares it."""
+    return x[:, 0].to(state.dtype).repeat_interleave(state.shape[1] // x.shape[2], dim=1)
