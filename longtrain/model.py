@@ -1,6 +1,7 @@
 """A Llama-shaped decoder whose blocks name their token mixer."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,11 @@ class Decoder(nn.Module):
         # The first guess is an even one. Tied, large embeddings would make each token predict itself.
         nn.init.zeros_(self.head.weight)
         nn.init.normal_(self.embedding.weight, std=0.02 if config.tie_embedding else 1.0)
+
+    def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Do the host's work for a batch on `shard` ahead, in a data loader say; it will run on `device` in `dtype`."""
+        for block in self.blocks:
+            cast(Block, block).mixer.prepare(shard, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, shard: SequenceShard, labels: Tensor | None = None) -> Tensor:
         """Logits, or the loss of each token.

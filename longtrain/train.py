@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,11 +27,12 @@ from longtrain import checkpoint, plots, run_folder
 from longtrain.config import Recipe, compose, degrees, to_yaml
 from longtrain.data import VOCABULARY, PackedSequences, build_data, describe
 from longtrain.errors import UsageError, leave, report_failure
+from longtrain.layers import MIXERS, RecurrentMixer
 from longtrain.metrics import MetricsWriter
 from longtrain.model import Decoder, count_parameters
 from longtrain.parallel import build_mesh
 from longtrain.screen import Screen
-from longtrain.trainer import Evaluation, StepResult, Trainer
+from longtrain.trainer import PRECISIONS, Evaluation, StepResult, Trainer
 
 Result = TypeVar("Result")
 
@@ -132,6 +134,7 @@ def build_trainer(recipe: Recipe, processes: Processes, training: PackedSequence
         mesh=processes.mesh,
         layout=recipe.parallel.layout,
         blocks=tuple(model.blocks) if recipe.memory.shard_blocks else (),
+        prepare=partial(model.prepare, device=processes.device, dtype=PRECISIONS[recipe.trainer.precision]),
     )
 
 
@@ -162,11 +165,12 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
 
 
 def _with_strategy(recipe: Recipe) -> Any:
-    """Mixers that attend take parallel.strategy unless they have their own."""
+    """Mixers that attend take parallel.strategy unless they have their own; it is none for recurrences."""
     mixers = {name: dict(options) for name, options in recipe.layers.mixers.items()}
-    softmax = mixers.setdefault("softmax", {})
-    if softmax.get("strategy", "auto") == "auto":
-        softmax["strategy"] = recipe.parallel.strategy
+    for name, mixer in MIXERS.items():
+        has_one = any(option.name == "strategy" for option in dataclasses.fields(mixer.Config))
+        if has_one and not issubclass(mixer, RecurrentMixer) and mixers.get(name, {}).get("strategy", "auto") == "auto":
+            mixers.setdefault(name, {})["strategy"] = recipe.parallel.strategy
     return dataclasses.replace(recipe.layers, mixers=mixers)
 
 

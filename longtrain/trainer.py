@@ -8,7 +8,7 @@ it does not depend on how the step is cut.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
@@ -85,6 +85,7 @@ class Trainer:
     Args:
         model: maps ``(tokens, shard, labels)`` to the loss of each token, ``[1, T_w]``.
         blocks: the parts of the model whose weights are gathered one at a time; empty: all at once.
+        prepare: does the host's work for a new shard ahead of the step that uses it, beside the step before.
         data: training sequences; `position` counts how many have been used.
         mesh: over all ranks, as `longtrain.parallel.build_mesh` makes it.
         layout: how each sequence is spread over the sequence group.
@@ -101,7 +102,9 @@ class Trainer:
         mesh: DeviceMesh,
         layout: str,
         blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
+        prepare: Callable[[SequenceShard], None] = lambda shard: None,
     ) -> None:
+        self._prepare = prepare
         self.config, self.schedule, self.peak_rate = config, schedule, optimizer.learning_rate
         self.data, self.layout = data, layout
         self.device = torch.device(mesh.device_type)
@@ -181,6 +184,7 @@ class Trainer:
             layout=self.layout,
             cu_seqlens=torch.from_numpy(cu_seqlens),
         )
+        self._prepare(shard)
         return MicroBatch(
             tokens=shard.split(tokens, dim=1).to(self.device),
             labels=shard.split(labels, dim=1).to(self.device),

@@ -111,6 +111,12 @@ class Mixer(nn.Module, ABC):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Do the host's work for ``forward`` on a new shard beforehand, in a data loader; by default there is none.
+
+        device, dtype: where and in what ``forward`` will compute.
+        """
+
     @abstractmethod
     def __init__(self, config: Any, place: LayerPlace) -> None:
         super().__init__()

@@ -13,6 +13,8 @@ from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixe
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
+from longtrain.parallel.attention.cost import Heads
+from longtrain.parallel.attention.relaying import check_layout
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class SoftmaxConfig:
     sinks: bool = False  # one learned logit per head joins the softmax's denominator
     softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them
     strategy: str = "auto"  # how keys and values reach the queries (sequence_parallel_attention)
+    # Where attention runs. home: the sequence's own layout; another layout's name: q, k, v and the output move there
+    # and back; auto: the cost model's choice between home and balanced.
+    layout: str = "auto"
 
     @property
     def groups(self) -> int:
@@ -106,6 +111,7 @@ class SoftmaxMixer(Mixer):
             raise ValueError(f"softcap: got {config.softcap}, it must be above 0 (null: none)")
         if config.strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {config.strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        check_layout(config.layout)
 
     @classmethod
     def check_ranks(cls, config: SoftmaxConfig, *, strategy: str, ranks: int, rows: int) -> None:
@@ -133,8 +139,12 @@ class SoftmaxMixer(Mixer):
         self.out = nn.Linear(self.heads * self.key_width, place.width, bias=False)
         window = None if config.window is None else (config.window, 0)
         self.attention = SequenceParallelAttention(
-            causal=True, window=window, softcap=config.softcap, strategy=config.strategy
+            causal=True, window=window, softcap=config.softcap, strategy=config.strategy, layout=config.layout
         )
+
+    def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
+        sizes = Heads(1, self.heads, self.groups, self.key_width, self.key_width, dtype.itemsize)
+        self.attention.prepare(shard, sizes, device=device)
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
         q, k, v = self._project(x, shard.document_positions_on(x.device))
