@@ -10,6 +10,7 @@ from longtrain.parallel.attention import sequence_parallel_attention
 from longtrain.parallel.attention.cost import Hardware, explain_attention
 from longtrain.parallel.balanced import Balanced
 from longtrain.parallel.communication import count_messages
+from longtrain.parallel.conv1d import sequence_parallel_conv1d
 from longtrain.parallel.layouts import BlockCyclic, Contiguous, Layout, Zigzag, layout_named, layout_names
 from longtrain.parallel.linear_attention import sequence_parallel_linear_attention
 from longtrain.parallel.mesh import build_mesh, sequence_ranks
@@ -30,6 +31,7 @@ __all__ = [
     "layout_named",
     "layout_names",
     "sequence_parallel_attention",
+    "sequence_parallel_conv1d",
     "sequence_parallel_linear_attention",
     "sequence_ranks",
 ]

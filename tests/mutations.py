@@ -45,6 +45,7 @@ RING, GATHER = "parallel/attention/ring.py", "parallel/attention/gather.py"
 NEEDS, PLAN = "parallel/attention/needs.py", "parallel/attention/plan.py"
 ULYSSES, STEPS = "parallel/attention/ulysses.py", "parallel/attention/strategies.py"
 CALL, OPERATORS = "parallel/attention/__init__.py", "parallel/attention/operators.py"
+SAVING = "parallel/saving.py"
 BOUNDS, LAYOUT, RUNS = "parallel/bounds.py", "parallel/layouts.py", "parallel/layout_base.py"
 INTERVALS, TILES = "kernels/intervals.py", "kernels/softmax_attention/torch_impl.py"
 KERNEL = "kernels/softmax_attention/__init__.py"
@@ -212,7 +213,7 @@ MUTATIONS = (
         "following is rounds[len(rounds) // 2]",
         (THREE,),
     ),
-    Mutation("held-keys-under-recompute", CALL, "top(False) is None", "True", (f"{RECOMPUTE}[2]",)),
+    Mutation("held-keys-under-recompute", SAVING, "top(False) is None", "True", (f"{RECOMPUTE}[2]",)),
     Mutation(
         "backward-repeats-forward",
         STEPS,

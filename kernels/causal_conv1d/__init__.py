@@ -8,11 +8,10 @@ from torch import Tensor
 
 from longtrain.kernels import checks
 from longtrain.kernels.causal_conv1d import operators, reference
-from longtrain.kernels.causal_conv1d.passes import convolve_backward, convolve_forward
-from longtrain.kernels.dispatch import choose_backend
+from longtrain.kernels.causal_conv1d.passes import chosen_backend, convolve_backward, convolve_forward, state_dtype
 from longtrain.kernels.precision import without_autocast
 
-__all__ = ["causal_conv1d", "check_inputs", "convolve_backward", "convolve_forward"]
+__all__ = ["causal_conv1d", "check_inputs", "check_options", "convolve_backward", "convolve_forward", "state_dtype"]
 
 
 def causal_conv1d(
@@ -44,17 +43,13 @@ def causal_conv1d(
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends.
     """
     check_inputs(x, weight, bias)
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation: got {activation!r}, expected None or 'silu'")
+    check_options(x, weight, activation=activation, backend=backend)
     offsets = None
     if torch.compiler.is_compiling():  # values cannot be looked at: the operator does it when it runs
         offsets = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).cpu()
-    else:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        choose_backend("causal_conv1d", backend, device=x.device, dtype=dtype)
-        if cu_seqlens is not None:
-            bounds = checks.document_offsets("cu_seqlens", cu_seqlens, tokens=x.shape[1], batch=x.shape[0])
-            offsets = torch.from_numpy(bounds)
+    elif cu_seqlens is not None:
+        bounds = checks.document_offsets("cu_seqlens", cu_seqlens, tokens=x.shape[1], batch=x.shape[0])
+        offsets = torch.from_numpy(bounds)
     if backend == "reference":
         bounds = checks.document_offsets("cu_seqlens", offsets, tokens=x.shape[1], batch=x.shape[0])
         with without_autocast(x.device):
@@ -71,3 +66,11 @@ def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.floating("bias", bias, "[D]")
         checks.sizes("bias", bias, (x.shape[2],), "[D]")
     checks.same_device(x=x, weight=weight, bias=bias)
+
+
+def check_options(x: Tensor, weight: Tensor, *, activation: str | None, backend: str) -> None:
+    """Refuse, with a ValueError naming the argument, an activation that there is not and a backend that cannot run."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: got {activation!r}, expected None or 'silu'")
+    if not torch.compiler.is_compiling():  # the operator does it when it runs
+        chosen_backend(x, weight, None, backend)

@@ -5,6 +5,7 @@ the halo, come from other ranks. Their gradients go back there.
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longtrain.kernels.causal_conv1d import torch_impl
@@ -35,7 +36,7 @@ def convolve_forward(
     """
     options = {"halo": halo, "halo_counts": halo_counts, "activation": activation}
     with without_autocast(x.device):
-        if _backend(x, weight, halo, backend) == "triton":
+        if chosen_backend(x, weight, halo, backend) == "triton":
             from longtrain.kernels.causal_conv1d import triton_impl
 
             return triton_impl.forward(x, weight, bias, offsets, **options)
@@ -60,16 +61,21 @@ def convolve_backward(
     """
     options = {"halo": halo, "halo_counts": halo_counts, "activation": activation}
     with without_autocast(x.device):
-        if _backend(x, weight, halo, backend) == "triton":
+        if chosen_backend(x, weight, halo, backend) == "triton":
             from longtrain.kernels.causal_conv1d import triton_impl
 
             return triton_impl.backward(dout, x, weight, bias, offsets, **options)
         return torch_impl.backward(dout, x, weight, bias, offsets, **options)
 
 
-def _backend(x: Tensor, weight: Tensor, halo: Tensor | None, requested: str) -> str:
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What sums are computed in: float64 if one of the tensors is, otherwise float32."""
+    return torch_impl.state_dtype(*tensors)
+
+
+def chosen_backend(x: Tensor, weight: Tensor, halo: Tensor | None, requested: str) -> str:
     """The backend for a call; refuses what it cannot do."""
-    dtype = torch_impl.state_dtype(x, weight, halo)
+    dtype = state_dtype(x, weight, halo)
     chosen = choose_backend("causal_conv1d", requested, device=x.device, dtype=dtype)
     if chosen == "triton" and weight.shape[1] > WIDEST:
         if requested == "triton":

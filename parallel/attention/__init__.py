@@ -18,7 +18,6 @@ V value width, W ranks. The state dtype is float32 (float64 for float64 inputs).
 
 import torch
 from torch import Tensor
-from torch._C import _autograd  # pyright: ignore[reportMissingModuleSource]
 from torch.autograd import forward_ad
 
 from longtrain.kernels import checks
@@ -27,6 +26,7 @@ from longtrain.kernels.softmax_attention import apply_sinks
 from longtrain.parallel.attention import operators
 from longtrain.parallel.attention.call import Window
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy_types
+from longtrain.parallel.saving import saved_as_it_is
 from longtrain.parallel.shard import SequenceShard
 
 __all__ = ["STRATEGIES", "sequence_parallel_attention"]
@@ -111,17 +111,9 @@ def sequence_parallel_attention(
         backend=backend,
         wide=sinks is not None,
         gradients=gradients,
-        keep=gradients and _is_kept(),
+        keep=gradients and saved_as_it_is(),
     )
     return out if sinks is None else apply_sinks(out, lse, sinks).to(q.dtype), lse
-
-
-def _is_kept() -> bool:
-    """Whether what forward saves stays as it is: not where it is recomputed, offloaded or compiled."""
-    if torch.compiler.is_compiling():
-        return False
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is None
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
