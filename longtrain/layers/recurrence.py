@@ -5,10 +5,41 @@ back); otherwise the state before the first token, of one document on one device
 back. A single token from a state is a few plain PyTorch operations: constant time, differentiable.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from longtrain.kernels.precision import without_autocast
 from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
+
+
+class MemoryState(NamedTuple):
+    """The state of a mixer that keeps one matrix per head."""
+
+    memory: Tensor  # [B, H, K, V], float32 (float64 for a float64 model)
+    position: int  # tokens so far
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype) -> "MemoryState":
+        """Zeros of shape (B, H, K, V), for inputs of a dtype."""
+        return cls(torch.zeros(shape, device=device, dtype=state_dtype(dtype)), 0)
+
+    def after(self, tokens: int, memory: Tensor | None) -> "MemoryState":
+        """What has become of it after further tokens."""
+        assert memory is not None  # a scan from a state returns one
+        return MemoryState(memory, self.position + tokens)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a recurrence's state for inputs of a dtype: float64 for float64, otherwise float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def positions(shard: SequenceShard, device: torch.device, state: object) -> Tensor:
+    """Each token's position in its document, ``[T_w]`` int64; after a state those that follow its ``position``."""
+    inside = shard.document_positions_on(device)
+    return inside if state is None else inside + state.position  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_step(shard: SequenceShard, state: object) -> bool:

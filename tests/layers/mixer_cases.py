@@ -4,7 +4,7 @@
 
     CASES = [{"heads": 4}, {"heads": 2, "some_option": 1}]      # options worth a test each, on a model of width 32
 
-    def reference(mixer: torch.nn.Module, x: Tensor) -> Tensor:
+    def reference(mixer: Any, x: Tensor) -> Tensor:
         '''x [T, D], one document -> y [T, D]'''
 
 written from the paper's equations: a Python loop over tokens, with the mixer's weights, in the dtype of x, without any

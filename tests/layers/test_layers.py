@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from longtrain.layers import LayerPlace, SequenceParallelAttention, SwiGLU, rotate
-from longtrain.layers.mixers.lightning import head_log_decays
+from longtrain.layers.mixers.lightning import LightningConfig, LightningMixer, head_log_decays
 from longtrain.layers.pattern import LayersConfig, plan_layers
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 
@@ -71,3 +71,10 @@ def test_bad_layers_are_refused_by_key(config: dict, parts: tuple[str, ...]) -> 
     with pytest.raises(ValueError) as refusal:
         plan_layers(LayersConfig(**config), width=32, depth=2)
     assert all(part in str(refusal.value) for part in parts)
+
+
+def test_rotations_are_learned_in_the_first_layer_only() -> None:
+    config = LightningConfig(heads=4, lrpe="first")
+    places = [LayerPlace(width=32, index=index, depth=2) for index in range(2)]
+    first, second = (LightningMixer(config, place).theta for place in places)
+    assert first is not None and first.shape == (4, 8) and second is None

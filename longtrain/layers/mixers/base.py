@@ -10,17 +10,13 @@ Which class to take
 A StatefulMixer in outline (``longtrain.layers.recurrence`` has the recurrences; a short convolution's state is its last
 inputs):
 
-    class State(NamedTuple):              # tensors [B, ...], and whole numbers such as the position
-        memory: Tensor                    # [B, H, K, V], float32 (float64 for a float64 model): ``state_dtype``
-        position: int                     # tokens so far; only where positions matter
-
     def empty_state(self, batch, device, dtype):
-        return State(torch.zeros(batch, H, K, V, device=device, dtype=state_dtype(dtype)), 0)
-
+        return MemoryState.empty((batch, H, K, V), device, dtype)   # or a NamedTuple of its own, of tensors [B, ...]
+                                                                    # and whole numbers such as the position
     def scan(self, x, shard, state):      # x [B, T_w, D]; state None: nobody wants it, return (y, None)
         q, k, v = ...
         o, memory = scan_linear_attention(q, k, v, log_decay, shard, None if state is None else state.memory)
-        return self.out(o.flatten(2)), None if state is None else State(memory, state.position + x.shape[1])
+        return self.out(o.flatten(2)), None if state is None else state.after(x.shape[1], memory)
 
 House rules for mixers
     - The projection to the residual stream is an ``nn.Linear`` called ``out``: the model scales its first weights by
@@ -29,7 +25,8 @@ House rules for mixers
       on the meta device.
     - Options are a frozen dataclass, each with a default and a comment; its types are int, float, bool, str or one of
       these or None. ``check`` refuses values, ``check_ranks`` strategies and degrees.
-    - Positions are those inside the document: ``shard.document_positions_on(x.device)``, plus ``state.position``.
+    - Positions are those inside the document and go on after a state: ``recurrence.positions(shard, x.device, state)``.
+    - Gates and decays are computed in float32 (``state_dtype``): half precision is too coarse near 1.
     - ``tests/layers/references/<name>.py`` holds the paper's equations as a loop over tokens; the tests in
       ``tests/layers`` find the mixer and that file by themselves and say what is missing.
 """
@@ -230,11 +227,6 @@ def check_prompt(shard: SequenceShard) -> None:
         )
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a recurrence's state for inputs of a dtype: float64 for float64, otherwise float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def check_heads(heads: int, head_width: int | None, place: LayerPlace) -> None:
     """Refuse, with a ValueError, head counts and widths that cannot work; None for the width is D / heads."""
     if heads < 1:
@@ -243,3 +235,9 @@ def check_heads(heads: int, head_width: int | None, place: LayerPlace) -> None:
         raise ValueError(f"heads: got {heads}, it must divide model.width = {place.width}")
     if head_width is not None and head_width < 1:
         raise ValueError(f"head_width: got {head_width}, it must be at least 1")
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse, with a ValueError, a text that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{option}: got {value!r}, expected one of {', '.join(choices)}")

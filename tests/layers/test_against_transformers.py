@@ -1,0 +1,42 @@
+"""Mixers with the weights of transformers' plain PyTorch layers: the same outputs."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from longtrain.layers import MIXERS, LayerPlace
+from longtrain.parallel import SequenceShard
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_lightning_is_minimax(layer: int) -> None:
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    depth, heads, width = 3, 4, 8
+    theirs = MiniMaxLightningAttention(
+        MiniMaxConfig(
+            hidden_size=32,
+            num_attention_heads=heads,
+            num_hidden_layers=depth,
+            block_size=16,
+            layer_types=["linear_attention"] * depth,
+        ),
+        layer,
+    )
+    options = {"heads": heads, "decay": "minimax", "norm": "learned", "value_silu": True, "scale": 1.0}
+    kind = MIXERS["lightning"]
+    ours: Any = kind(kind.Config(**options), LayerPlace(width=32, index=layer, depth=depth))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs.norm.weight.uniform_(0.5, 1.5)
+        # Theirs is q, k, v of the first head, then of the next; ours q of all heads, then k, v and the gate.
+        by_head = theirs.qkv_proj.weight.view(heads, 3, width, 32)
+        ours.qkvg.weight.copy_(torch.cat([*by_head.transpose(0, 1).flatten(1, 2), theirs.output_gate.weight]))
+        ours.norm_weight.copy_(theirs.norm.weight)
+        ours.out.weight.copy_(theirs.out_proj.weight)
+        x = torch.randn(2, 43, 32)
+        wanted, _ = theirs(x, position_embeddings=None, attention_mask=None)
+        found = ours(x, SequenceShard(length=43))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
