@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.config import Recipe, compose
-from longtrain.data import IGNORE, VOCABULARY, PackedSequences, build_data
+from longtrain.data import IGNORE, Sequences, build_data
 from longtrain.errors import report_failure
 from longtrain.model import Decoder
 from longtrain.optimizer import Optimizers, learning_rate_factor
@@ -42,7 +42,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     data, _ = build_data(recipe.data, seed=recipe.seed)
     torch.manual_seed(recipe.seed)
     with device:
-        model = Decoder(recipe.model, recipe.layers, vocabulary=VOCABULARY, recompute=recipe.memory.recompute)
+        model = Decoder(recipe.model, recipe.layers, vocabulary=data.vocabulary, recompute=recipe.memory.recompute)
     optimizers = Optimizers(recipe.optimizer, model)
     losses, seconds = [], []
     for step in range(1, recipe.trainer.steps + 1):
@@ -70,7 +70,7 @@ def step_indices(recipe: Recipe, step: int) -> list[list[int]]:
     return [list(range(first + n * each, first + (n + 1) * each)) for n in range(recipe.trainer.accumulation)]
 
 
-def batch(data: PackedSequences, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor, SequenceShard]:
+def batch(data: Sequences, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor, SequenceShard]:
     """Tokens and labels `[1, T]` of sequences end to end, and the shard of one process that knows their documents."""
     packed = [data.sequence(index) for index in indices]
     tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in packed]))[None]

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 import longtrain.recipes
 from longtrain import run_folder
-from longtrain.data import DataConfig
+from longtrain.data import DataConfig, check_data
 from longtrain.errors import UsageError
 from longtrain.layers.pattern import LayersConfig, nearest, plan_layers, type_name
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
@@ -276,10 +276,7 @@ def _check(recipe: Recipe) -> None:
     _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
     _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
     _one_of("launch.device", recipe.launch.device, ("auto", "cpu", "cuda"))
-    _one_of("data.source", recipe.data.source, ("stdlib", "text"))
-    _at_least("data.length", recipe.data.length, 1)
-    if not 0 < recipe.data.held_out < 1:
-        raise UsageError(f"data.held_out: got {recipe.data.held_out}, expected a share between 0 and 1, such as 0.1")
+    check_data(recipe.data)
     _at_least("model.width", recipe.model.width, 1)
     _at_least("model.depth", recipe.model.depth, 1)
     _at_least("launch.timeout", recipe.launch.timeout, 1)
@@ -303,12 +300,6 @@ def _check(recipe: Recipe) -> None:
         plan_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if recipe.data.source == "text" and recipe.data.path is None:
-        raise UsageError(
-            "data.path: got null, data=text needs a folder or a glob of text files, such as data.path=notes/"
-        )
-    if recipe.data.source != "text" and recipe.data.path is not None:
-        raise UsageError(f"data.path: got {recipe.data.path!r}, only data=text reads it; add data=text")
     if recipe.launch.processes is not None:
         degrees(recipe, recipe.launch.processes)
 

@@ -10,7 +10,7 @@ from longtrain import plots
 from longtrain.config import Recipe, read_run
 from longtrain.data import build_data
 from longtrain.errors import UsageError, leave, report_failure
-from longtrain.train import Processes, build_trainer, everywhere, joined, restore
+from longtrain.train import Processes, build_trainer, everywhere, held_out_record, joined, restore
 from longtrain.trainer import Evaluation
 
 
@@ -46,9 +46,14 @@ def evaluate(recipe: Recipe, processes: Processes, run_dir: Path, sequences: int
 def _report(run_dir: Path, evaluation: Evaluation, step: int) -> None:
     picture = run_dir / "loss_by_position.png"
     plots.plot_loss_by_position(*evaluation.by_position(), picture)
-    result = {"step": step, "held_out_loss": evaluation.loss, "tokens": int(evaluation.counts.sum())}
+    result = {"step": step, "tokens": int(evaluation.counts.sum())} | held_out_record(evaluation)
     (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"step {step}: held-out loss {evaluation.loss:.4f} nats per token, {result['tokens']:,} tokens")
+    print(
+        f"step {step}: held-out loss {evaluation.loss:.4f} nats per token, accuracy {100 * evaluation.accuracy:.2f} %, "
+        f"{result['tokens']:,} tokens"
+    )
+    for pairs, accuracy in evaluation.accuracy_by_group.items():
+        print(f"  {pairs} pairs: accuracy {100 * accuracy:.2f} %")
     print(f"by position in the document: {picture}")
 
 

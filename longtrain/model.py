@@ -86,17 +86,21 @@ class Decoder(nn.Module):
         for block in self.blocks:
             cast(Block, block).mixer.prepare(shard, device=device, dtype=dtype)
 
-    def forward(self, tokens: Tensor, shard: SequenceShard, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, shard: SequenceShard, labels: Tensor | None = None, *, hits: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the loss of each token.
 
         Args:
             tokens: ``[B, T_w]`` int64, this rank's tokens.
             shard: says which tokens of which documents these are.
             labels: ``[B, T_w]`` int64, -100 where there is nothing to predict.
+            hits: say too whether each label was the likeliest token.
 
         Returns:
             Without labels the logits ``[B, T_w, vocabulary]``; with them the negative log-likelihood of each label in
-            nats, ``[B, T_w]`` float32 (float64 for a float64 model), 0 where the label is -100.
+            nats, ``[B, T_w]`` float32 (float64 for a float64 model), 0 where the label is -100. With ``hits`` a pair:
+            these losses, and bool ``[B, T_w]``, true where the label has the largest logit (the first of equal ones).
         """
         x = self.embedding(tokens)
         for block in self.blocks:
@@ -110,7 +114,8 @@ class Decoder(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         # A copy: fully_shard hooks the backward of what a model returns, and hooks on views can get lost.
-        return losses.view_as(labels).clone()
+        losses = losses.view_as(labels).clone()
+        return (losses, logits.argmax(-1) == labels) if hits else losses
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,11 +1,11 @@
-"""Pictures of a run, as PNG files: loss over the steps, and held-out loss by position in the document.
+"""Pictures of a run, as PNG files: loss over the steps, held-out loss by position in the document, and recall.
 
 Matplotlib is imported when a picture is drawn, without pyplot: no window, no global state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart in grey and with colour-blind eyes.
-_BLUE, _RED, _GREY = "#33658a", "#d1495b", "#8d99ae"
+_BLUE, _RED, _GREY, _DARK = "#33658a", "#d1495b", "#8d99ae", "#2b2d42"
 
 
 def plot_loss(metrics_path: Path, png_path: Path) -> None:
@@ -70,6 +70,29 @@ def plot_loss_by_position(
     below.set_ylim(bottom=0.8)
     below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.align_ylabels()
+    figure.savefig(png_path)
+
+
+def plot_accuracy_by_pairs(curves: Mapping[str, Mapping[int, float]], png_path: Path) -> None:
+    """Draw held-out accuracy over the number of pairs to remember, a line for each model.
+
+    curves: for each model's name its accuracy, from 0 to 1, by number of pairs.
+    """
+    figure = _figure(height=4.0)
+    axes = figure.subplots()
+    ticks = sorted({pairs for curve in curves.values() for pairs in curve})
+    styles = (("o-", _RED), ("s--", _BLUE), ("^:", _DARK), ("D-.", _GREY))
+    for number, (name, curve) in enumerate(curves.items()):
+        style, color = styles[number % len(styles)]
+        pairs = sorted(curve)
+        shares = [100 * curve[count] for count in pairs]
+        axes.plot(pairs, shares, style, color=color, markersize=5.5, linewidth=1.8, label=name, clip_on=False)
+    _dress(axes, title="Recall: held-out answers that are right", x="key-value pairs in a sequence", y="right, %")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(png_path)
 
 

@@ -146,6 +146,7 @@ def _duration(seconds: float) -> str:
 _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "recipe": ("recipe", str),
     "held_out_loss": ("held-out loss, nats per token", lambda value: f"{value:.4f}"),
+    "held_out_accuracy": ("held-out accuracy", lambda value: f"{100 * value:.2f} %"),
     "tokens": ("tokens trained on", lambda value: f"{value:,}"),
     "train_seconds": ("training time", _duration),
     "tokens_per_second": ("tokens per second", lambda value: f"{value:,.0f}"),

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain import checkpoint, plots, run_folder
 from longtrain.config import Recipe, compose, degrees, to_yaml
-from longtrain.data import VOCABULARY, PackedSequences, build_data, describe
+from longtrain.data import Sequences, build_data
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers import MIXERS, RecurrentMixer
 from longtrain.metrics import MetricsWriter
@@ -104,7 +104,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
             record = _record(result, processes)
             if last or _due(result.step, recipe.trainer.evaluate_every):
                 evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
-                record["held_out_loss"] = evaluation.loss
+                record |= held_out_record(evaluation)
             if metrics is not None:
                 metrics.write(record)
             screen.step(record)
@@ -112,7 +112,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
                 save(trainer, run_dir, recipe, seconds)
         if evaluation is None:  # resumed at its end: nothing was left to train
             evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
-        summary = _summary(recipe, processes, trainer, evaluation, seconds)
+        summary = _summary(recipe, processes, trainer, seconds) | held_out_record(evaluation)
         if metrics is not None:
             metrics.close()
             _finish(run_dir, summary, evaluation, screen)
@@ -120,11 +120,13 @@ def train(recipe: Recipe, processes: Processes) -> None:
     dist.barrier()  # no rank leaves, and takes its end of the connections with it, before the run folder is whole
 
 
-def build_trainer(recipe: Recipe, processes: Processes, training: PackedSequences) -> Trainer:
+def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
     """The trainer of a recipe, on these processes; every rank makes the same weights from the seed."""
     torch.manual_seed(recipe.seed)
     with processes.device:
-        model = Decoder(recipe.model, _with_strategy(recipe), vocabulary=VOCABULARY, recompute=recipe.memory.recompute)
+        model = Decoder(
+            recipe.model, _with_strategy(recipe), vocabulary=training.vocabulary, recompute=recipe.memory.recompute
+        )
     return Trainer(
         model,
         config=recipe.trainer,
@@ -252,28 +254,31 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _headline(
-    recipe: Recipe, processes: Processes, trainer: Trainer, training: PackedSequences, run_dir: Path
-) -> list[str]:
+def _headline(recipe: Recipe, processes: Processes, trainer: Trainer, training: Sequences, run_dir: Path) -> list[str]:
     mesh = processes.mesh
     return [
         f"{recipe.recipe}: {count_parameters(trainer.model):,} weights, layers {' '.join(recipe.layers.pattern)}",
         f"{processes.world} x {processes.device.type}: data {mesh['data'].size()} x sequence {mesh['sequence'].size()}"
         f", T = {recipe.data.length:,}, layout {recipe.parallel.layout}",
-        f"training text: {describe(training)}",
+        f"training data: {training.describe()}",
         f"run folder: {run_dir}",
     ]
 
 
-def _summary(
-    recipe: Recipe, processes: Processes, trainer: Trainer, evaluation: Evaluation, seconds: float
-) -> dict[str, Any]:
+def held_out_record(evaluation: Evaluation) -> dict[str, Any]:
+    """What an evaluation says, for metrics and summary."""
+    record: dict[str, Any] = {"held_out_loss": evaluation.loss, "held_out_accuracy": evaluation.accuracy}
+    if evaluation.accuracy_by_group:
+        record["held_out_accuracy_by_pairs"] = evaluation.accuracy_by_group
+    return record
+
+
+def _summary(recipe: Recipe, processes: Processes, trainer: Trainer, seconds: float) -> dict[str, Any]:
     peak = torch.tensor(_peak_memory(processes.device), dtype=torch.int64, device=processes.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     tokens = trainer.position * recipe.data.length
     return {
         "recipe": recipe.recipe,
-        "held_out_loss": evaluation.loss,
         "train_seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
@@ -291,6 +296,9 @@ def _finish(run_dir: Path, summary: dict[str, Any], evaluation: Evaluation, scre
     pictures = [run_dir / "loss.png", run_dir / "loss_by_position.png"]
     plots.plot_loss(run_dir / "metrics.jsonl", pictures[0])
     plots.plot_loss_by_position(*evaluation.by_position(), pictures[1])
+    if evaluation.accuracy_by_group:
+        pictures.append(run_dir / "accuracy_by_pairs.png")
+        plots.plot_accuracy_by_pairs({summary["recipe"]: evaluation.accuracy_by_group}, pictures[-1])
     screen.finish(summary, [run_dir / "summary.json", *pictures])
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from longtrain.data import IGNORE, PackedSequences
+from longtrain.data import IGNORE, Sequences
 from longtrain.optimizer import OptimizerConfig, Optimizers, ScheduleConfig, learning_rate_factor
 from longtrain.parallel import SequenceShard, sequence_ranks
 
@@ -67,9 +67,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss, overall and by the token's position in its document."""
+    """Held-out loss and accuracy, overall, and by the token's position in its document or by the kind of sequence."""
 
-    loss: float  # nats per token
+    loss: float  # nats per labelled token
+    accuracy: float  # share of the labelled tokens whose label was the likeliest
+    accuracy_by_group: dict[int, float]  # for those of the data's groups that were seen
     positions: np.ndarray  # [n] lowest position of each bucket
     losses: np.ndarray  # [n] mean loss in the bucket, nan where it is empty
     counts: np.ndarray  # [n] tokens in the bucket
@@ -98,7 +100,7 @@ class Trainer:
         config: TrainerConfig,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
-        data: PackedSequences,
+        data: Sequences,
         mesh: DeviceMesh,
         layout: str,
         blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
@@ -149,29 +151,35 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, data: PackedSequences, sequences: int) -> Evaluation:
-        """Loss on the first ``sequences`` sequences of ``data`` (all of them where there are fewer)."""
+    def evaluate(self, data: Sequences, sequences: int) -> Evaluation:
+        """Loss and accuracy on the first ``sequences`` sequences of ``data`` (all of them where there are fewer)."""
         edges = position_buckets(data.length)
-        sums = torch.zeros(2, len(edges), dtype=torch.float64, device=self.device)
         lower = torch.from_numpy(edges).to(self.device)
-        for first in range(0, min(sequences, len(data)), self.data_degree):
+        # By position: losses and labels. By group: hits and labels.
+        by_position = torch.zeros(2, len(edges), dtype=torch.float64, device=self.device)
+        by_group = torch.zeros(2, max(len(data.groups), 1), dtype=torch.float64, device=self.device)
+        count = min(sequences, len(data))
+        each = min(self._sequences_at_once, -(-count // self.data_degree))
+        for first in range(0, count, self.data_degree * each):
+            mine = range(first + self.data_rank * each, min(first + (self.data_rank + 1) * each, count))
             # Ranks without a sequence of their own repeat one, uncounted: every rank must join the weights' gathering.
-            mine = first + self.data_rank
-            counted = mine < min(sequences, len(data))
-            batch = self.micro_batch(data, [mine if counted else first])
-            losses = self.model(batch.tokens, batch.shard, batch.labels).double()
-            if not counted:
+            batch = self.micro_batch(data, list(mine) or [first])
+            losses, hits = self.model(batch.tokens, batch.shard, batch.labels, hits=True)
+            if not mine:
                 continue
-            positions = batch.shard.document_positions_on(self.device)
-            bucket = torch.bucketize(positions, lower, right=True) - 1
-            sums[0].index_add_(0, bucket, losses[0])
-            sums[1].index_add_(0, bucket, (batch.labels[0] != IGNORE).double())
-        dist.all_reduce(sums)
-        total, counts = sums.cpu().numpy()
-        with np.errstate(invalid="ignore"):
-            return Evaluation(float(total.sum() / max(counts.sum(), 1)), edges, total / counts, counts)
+            labelled = (batch.labels[0] != IGNORE).double()
+            bucket = torch.bucketize(batch.shard.document_positions_on(self.device), lower, right=True) - 1
+            by_position[0].index_add_(0, bucket, losses[0].double())
+            by_position[1].index_add_(0, bucket, labelled)
+            groups = torch.tensor([data.group(index) for index in mine], device=self.device)
+            group = groups[batch.shard.positions.to(self.device) // data.length]
+            by_group[0].index_add_(0, group, hits[0].double())
+            by_group[1].index_add_(0, group, labelled)
+        dist.all_reduce(by_position)
+        dist.all_reduce(by_group)
+        return _evaluation(edges, by_position.cpu().numpy(), by_group.cpu().numpy(), data.groups)
 
-    def micro_batch(self, data: PackedSequences, indices: list[int]) -> MicroBatch:
+    def micro_batch(self, data: Sequences, indices: list[int]) -> MicroBatch:
         """This rank's part of some sequences packed end to end. Labels are made before sharding: they cannot shift."""
         packed = [data.sequence(index) for index in indices]
         tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in packed]))[None]
@@ -228,9 +236,14 @@ class Trainer:
         indices = self._step_indices(position)
         return self._loader.submit(lambda: [self.micro_batch(self.data, some) for some in indices])
 
+    @property
+    def _sequences_at_once(self) -> int:
+        """Sequences of one micro-batch."""
+        return self.config.sequences // (self.data_degree * self.config.accumulation)
+
     def _step_indices(self, position: int) -> list[list[int]]:
         """The sequences of each of this rank's micro-batches; the step as a whole is the same for any cut."""
-        each = self.config.sequences // (self.data_degree * self.config.accumulation)
+        each = self._sequences_at_once
         first = position + self.data_rank * each * self.config.accumulation
         return [list(range(first + n * each, first + (n + 1) * each)) for n in range(self.config.accumulation)]
 
@@ -246,6 +259,26 @@ class Trainer:
         largest = self.config.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest if math.isfinite(largest) else 1e30)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _evaluation(
+    edges: np.ndarray, by_position: np.ndarray, by_group: np.ndarray, groups: tuple[int, ...]
+) -> Evaluation:
+    """Means from sums: by_position [2, n] of losses and labels, by_group [2, m] of hits and labels."""
+    losses, counts = by_position
+    hits, asked = by_group
+    labels = max(counts.sum(), 1)
+    with np.errstate(invalid="ignore"):
+        return Evaluation(
+            loss=float(losses.sum() / labels),
+            accuracy=float(hits.sum() / labels),
+            accuracy_by_group={
+                name: float(hit / all_) for name, hit, all_ in zip(groups, hits, asked, strict=False) if all_
+            },
+            positions=edges,
+            losses=losses / counts,
+            counts=counts,
+        )
 
 
 def _device_index(device: torch.device) -> int | None:

@@ -20,7 +20,6 @@ from longtrain.data import (
     PackedSequences,
     build_data,
     decode,
-    describe,
     encode,
     split_held_out,
     stdlib_files,
@@ -279,6 +278,7 @@ def test_two_files_are_enough_whatever_their_hashes(tmp_path: Path) -> None:
 
 def test_build_data_of_the_default_and_of_own_text(tmp_path: Path) -> None:
     training, held_out = build_data(DataConfig(), seed=0)
+    assert isinstance(training, PackedSequences) and isinstance(held_out, PackedSequences)
     assert training.seed == 0 and held_out.seed is None
     names = [{file.name for file in side.documents.files} for side in (training, held_out)]  # pyright: ignore[reportAttributeAccessIssue] -- a Protocol; these are FileDocuments
     assert not names[0] & names[1]
@@ -289,19 +289,20 @@ def test_build_data_of_the_default_and_of_own_text(tmp_path: Path) -> None:
 
     books(tmp_path, count=40, size=30)
     training, held_out = build_data(DataConfig(source="text", path=str(tmp_path), length=31), seed=0)
-    assert describe(training) == f"{len(training)} files, 0.0 MB, {len(training)} sequences of 31 tokens"
+    assert training.describe() == f"{len(training)} files, 0.0 MB, {len(training)} sequences of 31 tokens"
     assert len(training) + len(held_out) == 40
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "stdlb"}, "data.source=stdlb is not known; did you mean stdlib"),
-        ({"source": "text"}, "data.source=text needs data.path"),
-        ({"path": "/tmp"}, "data.path=/tmp is only read with data.source=text"),
-        ({"length": 0}, "data.length=0"),
-        ({"held_out": 0.0}, "data.held_out=0.0"),
-        ({"held_out": 1.0}, "data.held_out=1.0"),
+        ({"source": "stdlb"}, r"data\.source: got 'stdlb' \(nearest: 'stdlib'\)"),
+        ({"source": "text"}, r"data\.path: got null, data=text needs"),
+        ({"path": "/tmp"}, r"data\.path: got '/tmp' with data=stdlib, only data=text reads it"),
+        ({"length": 0}, r"data\.length: got 0"),
+        ({"held_out": 0.0}, r"data\.held_out: got 0\.0"),
+        ({"held_out": 1.0}, r"data\.held_out: got 1\.0"),
+        ({"source": "mqar"}, r"data\.pairs: got null, mqar needs it; data=mqar sets it"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, object], message: str) -> None:

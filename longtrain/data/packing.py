@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from longtrain.data.documents import Documents
-from longtrain.data.vocabulary import BOUNDARY
+from longtrain.data.vocabulary import BOUNDARY, VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,49 @@ class PackedSequence:
     """int64 [T]: the token that follows in the document, `BOUNDARY` after its last byte, `IGNORE` for none."""
     cu_seqlens: np.ndarray
     """int64 [N+1]: where documents begin, from 0 to T."""
+
+
+class Sequences(Protocol):
+    """What training and evaluation need to know of data: sequences of one length, each a pure function of its index.
+
+    So the position in the data is one integer, and any rank can make any sequence.
+    """
+
+    @property
+    def length(self) -> int:
+        """T, tokens of every sequence."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; all tokens and labels are below it."""
+        ...
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Kinds of sequences, whose accuracy is told one by one (for mqar numbers of pairs); empty: there are none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A short text that differs when any sequence would: a position in the data means nothing without it."""
+        ...
+
+    def __len__(self) -> int:
+        """Sequences before they repeat; larger than any run where they never do."""
+        ...
+
+    def group(self, index: int) -> int:
+        """Which of `groups`, as its place there, sequence `index` belongs to; 0 where there are none."""
+        ...
+
+    def sequence(self, index: int) -> PackedSequence:
+        """Make sequence `index` from 0."""
+        ...
+
+    def describe(self) -> str:
+        """Say in a few words what there is."""
+        ...
 
 
 class PackedSequences:
@@ -36,6 +80,9 @@ class PackedSequences:
     `seed` an integer: every epoch has its own order of documents, drawn from (seed, epoch).
     `seed` None: the order is the one given, in every epoch.
     """
+
+    vocabulary = VOCABULARY
+    groups: tuple[int, ...] = ()
 
     def __init__(self, documents: Documents, length: int, *, seed: int | None) -> None:
         if length < 1:
@@ -61,6 +108,16 @@ class PackedSequences:
     def __len__(self) -> int:
         """Sequences in one epoch."""
         return self.tokens // self.length
+
+    def group(self, index: int) -> int:
+        """Always 0: packed text has no kinds of sequences."""
+        return 0
+
+    def describe(self) -> str:
+        """Say in a few words what there is: '412 files, 8.3 MB, 2,031 sequences of 4,096 tokens'."""
+        sizes = self.documents.sizes
+        text = f"{len(sizes):,} files, {sizes.sum() / 1e6:,.1f} MB"
+        return f"{text}, {len(self):,} sequences of {self.length:,} tokens"
 
     def sequence(self, index: int) -> PackedSequence:
         """Make sequence `index` from 0; the count goes on over the epochs."""
