@@ -12,7 +12,11 @@ from longtrain.parallel.balanced import Balanced
 from longtrain.parallel.communication import count_messages
 from longtrain.parallel.conv1d import sequence_parallel_conv1d
 from longtrain.parallel.layouts import BlockCyclic, Contiguous, Layout, Zigzag, layout_named, layout_names
-from longtrain.parallel.linear_attention import sequence_parallel_linear_attention
+from longtrain.parallel.linear import (
+    sequence_parallel_delta_rule,
+    sequence_parallel_linear_attention,
+    sequence_parallel_slot_attention,
+)
 from longtrain.parallel.mesh import build_mesh, sequence_ranks
 from longtrain.parallel.shard import Segment, SequenceShard
 
@@ -32,6 +36,8 @@ __all__ = [
     "layout_names",
     "sequence_parallel_attention",
     "sequence_parallel_conv1d",
+    "sequence_parallel_delta_rule",
     "sequence_parallel_linear_attention",
+    "sequence_parallel_slot_attention",
     "sequence_ranks",
 ]

@@ -58,7 +58,7 @@ def linear_attention(
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """
-    _check_shapes(q, k, v, log_decay)
+    check_inputs(q, k, v, log_decay)
     if not isinstance(return_state, bool):
         raise ValueError(f"return_state: got {return_state!r}, expected True or False")
     factor = checks.number("scale", scale)
@@ -90,11 +90,6 @@ def linear_attention(
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     """Refuse, with a ValueError naming the argument, tensors that linear attention cannot take: see there."""
-    _check_shapes(q, k, v, log_decay)
-    check_values(log_decay)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     checks.floating("q", q, "[B, T, G, K]")
     checks.floating("k", k, "[B, T, G, K]")
     checks.floating("v", v, "[B, T, H, V]")

@@ -10,7 +10,7 @@ from torch import Tensor
 from longtrain.parallel import SequenceShard
 from tests.distributed import run_distributed
 from tests.parallel.comparing import squared_errors, world_group
-from tests.parallel.linear_attention_cases import (
+from tests.parallel.linear_cases import (
     BATCHED,
     CASES,
     PACKED,
@@ -117,7 +117,7 @@ def _check_containment(rank: int, world: int) -> None:
     weight = 2 * (rank + 1) / (world * (world + 1))
     dirty = with_gradients(
         case,
-        lambda x: run(x, shard, x["initial"]),
+        lambda x: run(x, shard, x["initial_S"]),
         local_parts(inputs, shard),
         torch.float32,
         state_weight=weight,
@@ -126,7 +126,7 @@ def _check_containment(rank: int, world: int) -> None:
     for name in ("out", "dq", "dk", "dv", "ddecay"):
         assert torch.equal(dirty[name][:, elsewhere], clean[name][:, elsewhere]), name
         assert torch.equal(dirty[name][:, :, 1], clean[name][:, :, 1]), name
-    assert torch.equal(dirty["state"], clean["state"]) and dirty["dinitial"].isfinite().all()
+    assert torch.equal(dirty["state_S"], clean["state_S"]) and dirty["dinitial_S"].isfinite().all()
     assert dirty["out"][:, shard.positions == 24, 0].isnan().all()  # and who sees it is told
 
 

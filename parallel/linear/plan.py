@@ -4,22 +4,19 @@ A linear mixer carries a state along each document. A rank holds few runs of con
 two for zigzag), cut at document boundaries into segments. Only a run's first segment receives a state from elsewhere
 and only its last one hands a state on, so a run is summed up by one (transition, state) pair however many documents it
 holds, and which run continues which document is host data that every rank derives from its shard. Summaries are
-gathered and then combined in position order: forward for states, backward for the states' gradients.
+combined in position order: forward for states, backward for the states' gradients.
 
 Letters: R slots per rank (the most runs that any rank holds, so that all ranks' messages have one size).
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from longtrain.parallel.shard import SequenceShard
-
-Transition = Callable[[int, int, Tensor], Tensor]
-"""(rank, slot, x) -> x carried through that rank's run: its transition, or the transposed one in backward."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,12 @@ class Run:
     stop: int
     continues: bool  # its first token continues the document of the token before it, on another rank
     passes: bool  # one document from its first to its last token: a state that enters it also leaves it
+
+
+Through = Callable[[Run, Tensor], Tensor]
+"""(run, x) -> x carried through that run: by its transition, or by the transposed one in backward."""
+OfRuns = dict[tuple[int, int], Tensor | None]
+"""By (rank, slot) what enters a run, or the gradient of what leaves it; None is zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +58,30 @@ class ScanPlan:
         """Whether any document goes on from one run to another, so that states have to cross."""
         return any(run.continues for run in self.runs)
 
+    @property
+    def starts(self) -> bool:
+        """Whether this rank holds the first token; where there is none, rank 0 stands for it."""
+        return self.rank == (self.runs[0].rank if self.runs else 0)
 
-def scan_plan(shard: SequenceShard) -> ScanPlan:
-    """The plan of a scan over `shard`; refuses, with a ValueError, layouts that do not keep runs long."""
+    def entered(self, *, initial: bool) -> tuple[bool, ...]:
+        """By slot, whether a state enters this rank's run. initial: whether one enters the sequence."""
+        entered = [False] * len(self.first)
+        for index, run in enumerate(self.runs):
+            if run.rank == self.rank:
+                entered[run.slot] = run.continues or (initial and index == 0)
+        return tuple(entered)
+
+
+def plan_of(shard: SequenceShard) -> ScanPlan:
+    """The plan of a scan over `shard`, made once; refuses, with a ValueError, layouts that do not keep runs long."""
+    kept = shard.plans.setdefault(shard, {})
+    key = ("scan",)
+    if key not in kept:
+        kept[key] = _plan(shard)
+    return kept[key]
+
+
+def _plan(shard: SequenceShard) -> ScanPlan:
     layout = shard.layout
     if not layout.long_segments:
         raise ValueError(
@@ -93,47 +117,46 @@ def scan_plan(shard: SequenceShard) -> ScanPlan:
 
 
 def combine_states(
-    plan: ScanPlan, states: Tensor, transition: Transition, initial: Tensor | None
-) -> tuple[list[Tensor | None], Tensor | None]:
+    plan: ScanPlan, states: Tensor, through: Through, initial: Tensor | None, *, ranks: Container[int]
+) -> tuple[OfRuns, Tensor | None]:
     """Carry states forward over all runs in position order.
 
     states ``[W, R, ...]``: what each run's last segment reaches from a zero initial state. initial: the state before
-    the first token; None is zero. transition(rank, slot, state): the state after that run, of one document, for the one
-    before it. Returns what enters each of this rank's runs, by slot (None: zero), and the state after the last token
-    (None: no token, no initial state). A state never meets another document's, not even multiplied by zero.
+    the first token; None is zero. Returns what enters each run of `ranks`, and the state after the last token (None: no
+    token, no initial state). A state never meets another document's, not even multiplied by zero.
     """
-    entering: list[Tensor | None] = [None] * len(plan.first)
+    entering: OfRuns = {}
     carried = initial
     for index, run in enumerate(plan.runs):
         incoming = carried if run.continues or index == 0 else None
-        if run.rank == plan.rank:
-            entering[run.slot] = incoming
-        carried = states[run.rank, run.slot]
-        if run.passes and incoming is not None:
-            carried = carried + transition(run.rank, run.slot, incoming)
+        if run.rank in ranks:
+            entering[run.rank, run.slot] = incoming
+        carried = handed_on(run, states[run.rank, run.slot], incoming, through)
     return entering, carried
 
 
 def combine_state_gradients(
-    plan: ScanPlan, gradients: Tensor, transition: Transition, final: Tensor | None
-) -> tuple[list[Tensor | None], Tensor | None]:
+    plan: ScanPlan, gradients: Tensor, through: Through, final: Tensor | None, *, ranks: Container[int]
+) -> tuple[OfRuns, Tensor | None]:
     """Carry the gradients of states backward over all runs, in reverse position order.
 
     gradients ``[W, R, ...]``: of the state that enters each run, from the outputs of the run's own first segment.
-    final: the gradient of the state after the last token, or None. transition: as in `combine_states`, transposed.
-    Returns the gradients of what leaves each of this rank's runs, by slot (None: nobody uses that state), and of the
-    state before the first token.
+    final: the gradient of the state after the last token, or None. Returns the gradients of what leaves each run of
+    `ranks`, and of the state before the first token.
     """
-    leaving: list[Tensor | None] = [None] * len(plan.first)
+    leaving: OfRuns = {}
     carried = final
     for index, run in reversed(list(enumerate(plan.runs))):
-        if run.rank == plan.rank:
-            leaving[run.slot] = carried
-        own = gradients[run.rank, run.slot]
-        if run.passes and carried is not None:
-            own = own + transition(run.rank, run.slot, carried)
+        if run.rank in ranks:
+            leaving[run.rank, run.slot] = carried
+        own = handed_on(run, gradients[run.rank, run.slot], carried, through)
         carried = own if run.continues or index == 0 else None
     return leaving, carried
+
+
+def handed_on(run: Run, own: Tensor, received: Tensor | None, through: Through) -> Tensor:
+    """What a run hands on: its own, and what it received and lets pass."""
+    return own + through(run, received) if run.passes and received is not None else own
 
 
 def _run(rank: int, slot: int, start: int, stop: int, *, starts: list[int]) -> Run:
