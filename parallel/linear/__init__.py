@@ -4,7 +4,7 @@
     operators     the registered operator pairs, with the handshake
     engine        a rank's forward and backward: sum up its runs, learn what enters them, compute the outputs
     mixers        what differs between the mixers: their passes on one device, and what takes a state through a run
-    plan          which runs follow one another, and how summaries are combined
+    ..scan        which runs follow one another, and how summaries are combined (one folder up)
     allgather     how summaries travel
 
 Letters: B batch, T_w tokens on this rank, H heads, G heads of q and k, K query/key width, V value width, M slots, W

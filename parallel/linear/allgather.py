@@ -11,7 +11,7 @@ from torch import Tensor
 from longtrain.parallel.communication import all_gather_stacked
 from longtrain.parallel.linear.call import ScanCall
 from longtrain.parallel.linear.mixers import carry
-from longtrain.parallel.linear.plan import combine_state_gradients, combine_states
+from longtrain.parallel.scan import combine_state_gradients, combine_states
 
 
 def states(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from longtrain.parallel.linear.mixers import Mixer, Sizes
-from longtrain.parallel.linear.plan import ScanPlan
+from longtrain.parallel.scan import ScanPlan
 from longtrain.parallel.shard import SequenceShard
 
 

@@ -16,7 +16,7 @@ from longtrain.kernels.precision import without_autocast
 from longtrain.parallel.linear import allgather
 from longtrain.parallel.linear.call import ScanCall
 from longtrain.parallel.linear.mixers import Given, Tensors
-from longtrain.parallel.linear.plan import ScanPlan
+from longtrain.parallel.scan import ScanPlan
 
 EXCHANGES = {"allgather": allgather}
 """How summaries travel: modules with `states`, `gradients` and `kept_shape`."""

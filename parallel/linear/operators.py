@@ -18,7 +18,7 @@ from longtrain.parallel.agreement import agree, check_shard, check_tokens, tenso
 from longtrain.parallel.linear import engine
 from longtrain.parallel.linear.call import ScanCall
 from longtrain.parallel.linear.mixers import MIXERS, Mixer, Tensors
-from longtrain.parallel.linear.plan import plan_of
+from longtrain.parallel.scan import scan_plan
 from longtrain.parallel.shard import shard_of
 
 _OPTIONS = "SymInt shard, float scale, str strategy, str backend, bool return_state, bool initial_gradient"
@@ -27,7 +27,7 @@ _NAMES = [option.split()[1] for option in _OPTIONS.split(", ")]
 
 def _call(mixer: Mixer, tensors: Tensors, *, initial: bool, shard: int, **options: Any) -> ScanCall:
     held = shard_of(shard)
-    return ScanCall(mixer, mixer.sizes(tensors), held, plan_of(held), initial=initial, **options)
+    return ScanCall(mixer, mixer.sizes(tensors), held, scan_plan(held), initial=initial, **options)
 
 
 def _check(tensors: Tensors, shard: int) -> None:
@@ -35,7 +35,7 @@ def _check(tensors: Tensors, shard: int) -> None:
     held = shard_of(shard)
     check_shard(held, batch=tensors[0].shape[0])
     check_tokens("q", tensors[0], held)
-    plan_of(held)
+    scan_plan(held)
 
 
 def _check_values(log_decay: Tensor | None) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
 from longtrain.parallel.communication import count_messages
-from longtrain.parallel.linear.plan import plan_of
+from longtrain.parallel.scan import scan_plan
 from tests.distributed import run_distributed
 from tests.parallel.comparing import world_group
 from tests.parallel.linear_cases import (
@@ -146,7 +146,7 @@ def test_the_plan_knows_every_segment(layout: str, documents: tuple[int, ...] | 
             for rank in range(world)
         ]
         for shard in shards:
-            plan = plan_of(shard)
+            plan = scan_plan(shard)
             assert plan.offsets.tolist() == [0, *([segment.stop for segment in shard.segments] or [0])]
             starts = np.append(0, documents or 31)
             for piece, after in zip(plan.runs, [*plan.runs[1:], None], strict=True):

@@ -72,7 +72,7 @@ class ScanPlan:
         return tuple(entered)
 
 
-def plan_of(shard: SequenceShard) -> ScanPlan:
+def scan_plan(shard: SequenceShard) -> ScanPlan:
     """The plan of a scan over `shard`, made once; refuses, with a ValueError, layouts that do not keep runs long."""
     kept = shard.plans.setdefault(shard, {})
     key = ("scan",)
