@@ -62,7 +62,9 @@ class Optimizers:
         self.model = model
         named = list(model.named_parameters())
         matrices = {name for name, p in named if p.ndim >= 2 and "embedding" not in name}
-        for_muon = {name for name in matrices if "blocks." in name} if config.name == "muon" else set()
+        # A stack of short filters, [C, 1, width], is no matrix that could be made orthogonal.
+        flat = {name for name, p in named if name in matrices and p.ndim == 2 and "blocks." in name}
+        for_muon = flat if config.name == "muon" else set()
         decayed = [p for name, p in named if name in matrices - for_muon]
         plain = [p for name, p in named if name not in matrices]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -102,8 +102,8 @@ def test_muon_refuses_vectors() -> None:
 
 @pytest.mark.parametrize(("name", "kinds"), [("adamw", {"AdamW"}), ("muon", {"AdamW", "Muon"}), ("sgd", {"SGD"})])
 def test_every_weight_has_one_optimizer_and_only_matrices_decay(name: str, kinds: set[str]) -> None:
-    layers = LayersConfig(pattern=["lightning", "softmax"])
-    model = Decoder(ModelConfig(width=32, depth=2), layers, vocabulary=11)
+    layers = LayersConfig(pattern=["lightning", "softmax", "mamba2"])
+    model = Decoder(ModelConfig(width=32, depth=3), layers, vocabulary=11)
     optimizers = Optimizers(OptimizerConfig(name=name, weight_decay=0.3), model)
     assert {type(optimizer).__name__ for optimizer, _ in optimizers.parts} == kinds
     owner = {}
@@ -115,7 +115,8 @@ def test_every_weight_has_one_optimizer_and_only_matrices_decay(name: str, kinds
     for weight_name, parameter in model.named_parameters():
         kind, decay = owner[parameter]
         is_matrix = parameter.ndim == 2 and "embedding" not in weight_name
-        assert decay == (0.3 if is_matrix else 0.0)
+        is_filter = parameter.ndim == 3  # the filters of a short convolution
+        assert decay == (0.3 if is_matrix or is_filter else 0.0)
         assert kind == ("Muon" if name == "muon" and is_matrix and "blocks" in weight_name else min(kinds - {"Muon"}))
 
 

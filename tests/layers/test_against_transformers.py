@@ -40,3 +40,39 @@ def test_lightning_is_minimax(layer: int) -> None:
         wanted, _ = theirs(x, position_embeddings=None, attention_mask=None)
         found = ours(x, SequenceShard(length=43))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (8, 4)])
+def test_mamba2_is_mamba2(heads: int, groups: int) -> None:
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    torch.manual_seed(0)
+    theirs = Mamba2Mixer(
+        Mamba2Config(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_heads=heads,
+            head_dim=64 // heads,
+            state_size=16,
+            n_groups=groups,
+            chunk_size=16,
+        ),
+        0,
+    )
+    kind = MIXERS["mamba2"]
+    ours: Any = kind(kind.Config(heads=heads, groups=groups, state_width=16), LayerPlace(width=32, index=0, depth=1))
+    with torch.no_grad():
+        theirs.norm.weight.uniform_(0.5, 1.5)
+        theirs.D.normal_()
+        ours.inputs.weight.copy_(theirs.in_proj.weight)
+        ours.convolution.weight.copy_(theirs.conv1d.weight)
+        assert ours.convolution.bias is not None and theirs.conv1d.bias is not None
+        ours.convolution.bias.copy_(theirs.conv1d.bias.normal_())
+        ours.decay.A_log.copy_(theirs.A_log)
+        ours.decay.dt_bias.copy_(theirs.dt_bias)
+        ours.skip.copy_(theirs.D)
+        ours.norm.copy_(theirs.norm.weight)
+        ours.out.weight.copy_(theirs.out_proj.weight)
+        x = torch.randn(2, 43, 32)
+        torch.testing.assert_close(ours(x, SequenceShard(length=43)), theirs(x), rtol=1e-5, atol=1e-5)

@@ -83,6 +83,19 @@ def test_nothing_comes_from_later_tokens(name: str, number: int) -> None:
 
 
 @every_case
+@torch.no_grad()
+def test_what_happened_long_ago_matters(name: str, number: int) -> None:
+    mixer = build(name, number)
+    if not isinstance(mixer, StatefulMixer):
+        return
+    x, noise = inputs()
+    changed = torch.cat((noise[:, :5], x[:, 5:]), 1)
+    shard = SequenceShard(length=LENGTH)
+    # Otherwise a state that is lost on its way from rank to rank would change no test.
+    assert relative(mixer(changed, shard)[:, -5:], mixer(x, shard)[:, -5:]) > 1e-4
+
+
+@every_case
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @torch.no_grad()
 def test_steps_are_the_parallel_form(name: str, number: int, dtype: torch.dtype, allowed: float) -> None:
