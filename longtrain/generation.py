@@ -5,9 +5,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from longtrain import checkpoint
 from longtrain.config import read_run
@@ -15,6 +17,9 @@ from longtrain.data import BOUNDARY, VOCABULARY, decode, encode
 from longtrain.errors import UsageError, report_failure
 from longtrain.model import Decoder
 from longtrain.parallel import SequenceShard
+
+PIECE = 8192
+"""Tokens of a prompt that are read at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,23 +70,62 @@ def load_model(run_dir: Path) -> tuple[Decoder, int]:
     return model.eval(), recipe.data.length
 
 
+class Reader:
+    """What a model expects after a text that grows.
+
+    A model whose mixers keep states reads each token once: the work and, where no state grows (recurrent mixers and
+    windows), the memory per token are the same at any position, and the text may be of any length. With softmax layers
+    that see all of the text the work grows with it, up to `context` tokens, the length that the model was trained on;
+    past that it sees the last `context` tokens only, as if the text began there: a window that moves with every token,
+    so each token is then as much work as reading all of them. So it is from the start with a mixer that keeps no state.
+    """
+
+    def __init__(self, model: Decoder, *, context: int) -> None:
+        self.model = model
+        self.context = context
+        self.kind = model.state_kind
+        self.states: list[Any] | None = None
+        self.text = torch.empty(0, dtype=torch.int64)  # the last `context` tokens, unless states stand for them
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Append tokens, int64 ``[n]`` with n >= 1; the logits of the one after them, ``[vocabulary]`` float32."""
+        if self.kind == "constant":
+            return self._go_on(tokens)
+        length = len(self.text) + len(tokens)
+        self.text = torch.cat((self.text, tokens))[-self.context :]
+        if self.kind == "growing" and length <= self.context:
+            return self._go_on(tokens)
+        self.states = None
+        shard = SequenceShard(length=len(self.text))
+        return self.model(self.text[None], shard)[0, -1].float()
+
+    def _go_on(self, tokens: Tensor) -> Tensor:
+        if self.states is not None and len(tokens) == 1:
+            logits, self.states = self.model.step(tokens, self.states)
+            return logits[0].float()
+        logits = torch.empty(0)
+        # In pieces, so that a long prompt needs no more memory than a short one.
+        for piece in tokens.split(PIECE):
+            logits, self.states = self.model.prefill(piece[None], self.states)
+        return logits[0].float()
+
+
 @torch.no_grad()
 def generate(
     model: Decoder, prompt: np.ndarray, *, tokens: int, temperature: float, seed: int, context: int
 ) -> Iterator[int]:
     """Yield new tokens until the document ends or ``tokens`` are made.
 
-    Every token runs the model on the whole text so far (its last ``context`` tokens): right for every mixer, and
-    quadratic in the text's length.
-
     Args:
         prompt: int64 ``[n]``, n >= 1.
         temperature: divides the logits; 0 takes the likeliest token.
+        context: at most so many of the last tokens are seen by softmax layers without a window; see `Reader`.
     """
     generator = torch.Generator().manual_seed(seed)
-    text = torch.as_tensor(prompt, dtype=torch.int64)[-context:]
+    reader = Reader(model, context=context)
+    unread = torch.as_tensor(prompt, dtype=torch.int64)
     for _ in range(tokens):
-        logits = model(text[None], SequenceShard(length=len(text), group=None, layout="contiguous"))[0, -1].float()
+        logits = reader.read(unread)
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -89,7 +133,7 @@ def generate(
         if token == BOUNDARY:
             return
         yield token
-        text = torch.cat((text, torch.tensor([token])))[-context:]
+        unread = torch.tensor([token])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A Llama-shaped decoder whose blocks name their token mixer."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,19 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width, config.hidden)
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), shard)
+        return self._with_mlp(x + self.mixer(self.mixer_norm(x), shard))
+
+    def prefill(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        """As ``forward`` on one document on one device, from its mixer's state on; see ``Mixer.prefill``."""
+        y, state = self.mixer.prefill(self.mixer_norm(x), shard, state)
+        return self._with_mlp(x + y), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next token, x ``[B, D]``; see ``Mixer.step``."""
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._with_mlp(x + y), state
+
+    def _with_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -116,6 +128,35 @@ class Decoder(nn.Module):
         # A copy: fully_shard hooks the backward of what a model returns, and hooks on views can get lost.
         losses = losses.view_as(labels).clone()
         return (losses, logits.argmax(-1) == labels) if hits else losses
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_kind(self) -> Literal["none", "growing", "constant"]:
+        """Whether the model can go on from a state, and whether that grows with the text: its mixers' worst."""
+        kinds = {cast(Block, block).mixer.state_kind for block in self.blocks}
+        return "none" if "none" in kinds else "growing" if "growing" in kinds else "constant"
+
+    def prefill(self, tokens: Tensor, states: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """Read a text, or a further piece of it, on one device.
+
+        tokens ``[B, T]`` int64, T >= 1 -> logits of the token after the last, ``[B, vocabulary]``, and each block's
+        state. states: those after the piece before (they may be written to); None at the text's beginning.
+        """
+        shard = SequenceShard(length=tokens.shape[1])
+        x, after = self.embedding(tokens), []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            x, state = cast(Block, block).prefill(x, shard, state)
+            after.append(state)
+        return self.head(self.norm(x[:, -1])), after
+
+    def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Read one more token: ``[B]`` int64 -> the next one's logits ``[B, vocabulary]``, and each block's state."""
+        x, after = self.embedding(tokens), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = cast(Block, block).step(x, state)
+            after.append(state)
+        return self.head(self.norm(x)), after
 
 
 def count_parameters(model: nn.Module) -> int:

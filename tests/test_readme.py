@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import longtrain
+from longtrain.layers import LayerPlace
 from longtrain.parallel import SequenceShard
 from tests.distributed import run_command
 
@@ -18,10 +20,15 @@ TRAIN = [sys.executable, "-P", "-m", "longtrain", "train"]
 
 def block(heading: str, language: str) -> str:
     """The first block of code in a language under a heading."""
+    return blocks(heading, language)[0]
+
+
+def blocks(heading: str, language: str) -> list[str]:
+    """All blocks of code in a language under a heading."""
     section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert found is not None, (heading, language)
-    return found[1]
+    found = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found, (heading, language)
+    return found
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -57,6 +64,18 @@ def test_a_mixer_is_one_file(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout
     assert (tmp_path / "run/summary.json").exists()
+
+
+def test_the_mixers_reference_is_the_mixer() -> None:
+    names: dict = {}
+    exec(block("Add a mixer", "python"), names)
+    exec(blocks("Add a mixer", "python")[1], names)
+    torch.manual_seed(0)
+    for options in names["CASES"]:
+        mixer = names["AverageMixer"](names["AverageConfig"](**options), LayerPlace(width=32, index=0, depth=1))
+        x = torch.randn(1, 20, 32)
+        found, wanted = mixer(x, SequenceShard(length=20))[0], names["reference"](mixer, x[0])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layout_is_one_class() -> None:

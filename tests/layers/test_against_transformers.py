@@ -34,7 +34,7 @@ def test_lightning_is_minimax(layer: int) -> None:
         # Theirs is q, k, v of the first head, then of the next; ours q of all heads, then k, v and the gate.
         by_head = theirs.qkv_proj.weight.view(heads, 3, width, 32)
         ours.qkvg.weight.copy_(torch.cat([*by_head.transpose(0, 1).flatten(1, 2), theirs.output_gate.weight]))
-        ours.norm_weight.copy_(theirs.norm.weight)
+        ours.norm.weight.copy_(theirs.norm.weight)
         ours.out.weight.copy_(theirs.out_proj.weight)
         x = torch.randn(2, 43, 32)
         wanted, _ = theirs(x, position_embeddings=None, attention_mask=None)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from longtrain.layers import LayerPlace, SequenceParallelAttention, SwiGLU, rotate
 from longtrain.layers.mixers.lightning import LightningConfig, LightningMixer, head_log_decays
+from longtrain.layers.mixers.softmax import SoftmaxConfig, SoftmaxMixer
 from longtrain.layers.pattern import LayersConfig, plan_layers
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 
@@ -77,4 +78,15 @@ def test_rotations_are_learned_in_the_first_layer_only() -> None:
     config = LightningConfig(heads=4, lrpe="first")
     places = [LayerPlace(width=32, index=index, depth=2) for index in range(2)]
     first, second = (LightningMixer(config, place).theta for place in places)
-    assert first is not None and first.shape == (4, 8) and second is None
+    assert first is not None and first.shape == (32,) and second is None
+
+
+@pytest.mark.parametrize("window", [None, 0, 5, 100])
+@pytest.mark.parametrize("bounds", [[0, 43], [0, 1, 9, 9, 30, 43], [0, 0]])
+def test_softmax_counts_the_visible_pairs(window: int | None, bounds: list[int]) -> None:
+    place = LayerPlace(width=32, index=0, depth=1)
+    config = SoftmaxConfig(heads=4, kv_heads=2, window=window)
+    shard = SequenceShard(length=bounds[-1], cu_seqlens=bounds)
+    pairs = shard.intervals(0, window=None if window is None else (window, 0)).area
+    # A score and a value's part for each pair and head, K = V = 8.
+    assert SoftmaxMixer.mixing_flops(config, place, bounds) == 4 * 4 * 8 * pairs / max(bounds[-1], 1)

@@ -23,10 +23,13 @@ House rules for mixers
       depth. The model also draws the weights of every ``nn.Linear``; a mixer draws its other parameters itself, and
       its buffers are made in ``__init__`` by plain tensor operations (no ``.item()``), because parameters are counted
       on the meta device.
+    - A parameter of two dimensions is a matrix between channels: Muon orthogonalises it, and it counts as a projection.
+      Angles, rates and a convolution's filters are one-dimensional (viewed as they are needed).
     - Options are a frozen dataclass, each with a default and a comment; its types are int, float, bool, str or one of
       these or None. ``check`` refuses values, ``check_ranks`` strategies and degrees.
     - Positions are those inside the document and go on after a state: ``recurrence.positions(shard, x.device, state)``.
-    - Gates and decays are computed in float32 (``state_dtype``): half precision is too coarse near 1.
+    - Norms with a weight are ``longtrain.layers.norm.RMSNorm``. Gates and decays are computed in float32
+      (``recurrence.state_dtype``): half precision is too coarse near 1.
     - ``tests/layers/references/<name>.py`` holds the paper's equations as a loop over tokens; the tests in
       ``tests/layers`` find the mixer and that file by themselves and say what is missing.
 """
@@ -122,7 +125,7 @@ class Mixer(nn.Module, ABC):
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
         """Mix tokens. x ``[B, T_w, D]``, this rank's tokens of ``shard`` -> y ``[B, T_w, D]``."""
 
-    # ---- generation -------------------------------------------------------------------------------------------------
+    # ---- generation (without gradients: states may be written to in place) -------------------------------------------
 
     @property
     def state_kind(self) -> Literal["none", "growing", "constant"]:

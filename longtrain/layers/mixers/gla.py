@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, scan_linear_attention, state_dtype
 from longtrain.parallel import SequenceShard
 
@@ -72,7 +73,7 @@ class GLAMixer(StatefulMixer):
         self.decay_in = nn.Linear(place.width, config.gate_rank, bias=False)
         self.decay_out = nn.Linear(config.gate_rank, keys)
         nn.init.zeros_(self.decay_out.bias)
-        self.norm = nn.RMSNorm(self.value_width, eps=1e-6)
+        self.norm = RMSNorm(self.value_width, eps=1e-6)
         self.out = nn.Linear(values, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> MemoryState:

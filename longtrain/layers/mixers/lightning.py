@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_choice, check_heads
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention
 from longtrain.parallel import SequenceShard
 
@@ -99,10 +100,11 @@ class LightningMixer(StatefulMixer):
         self.scale = self.key_width**-0.5 if config.scale is None else config.scale
         self.qkvg = nn.Linear(place.width, 4 * inner, bias=False)
         self.out = nn.Linear(inner, place.width, bias=False)
-        self.norm_weight = nn.Parameter(torch.ones(inner)) if config.norm == "learned" else None
+        norms = {"head": self.key_width, "joint": inner, "learned": inner}
+        self.norm = RMSNorm(norms[config.norm], eps=1e-6, elementwise_affine=config.norm == "learned")
         # 10000^(-2 d / (H K)) for the d-th of all channels, as in the authors' code
         theta = 10_000 ** (-2 / inner * torch.arange(inner, dtype=torch.float64)).float()
-        self.theta = nn.Parameter(theta.view(config.heads, -1)) if config.has_lrpe(place) else None
+        self.theta = nn.Parameter(theta) if config.has_lrpe(place) else None
         self.register_buffer("log_decay", head_log_decays(config.heads, place, config.decay), persistent=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> MemoryState:
@@ -119,16 +121,13 @@ class LightningMixer(StatefulMixer):
             q, k = linear_rotation(q, self.theta, at), linear_rotation(k, self.theta, at)
         before = None if state is None else state.memory
         o, memory = scan_linear_attention(q, k, v, self.log_decay, shard, before, scale=self.scale)
-        if self.options.norm == "head":
-            o = F.rms_norm(o, (self.key_width,), eps=1e-6).flatten(2)
-        else:
-            o = F.rms_norm(o.flatten(2), (inner,), self.norm_weight, eps=1e-6)
+        o = self.norm(o).flatten(2) if self.options.norm == "head" else self.norm(o.flatten(2))
         gate = torch.sigmoid(gate) if self.options.gate == "sigmoid" else gate
         return self.out(o * gate), None if state is None else state.after(x.shape[1], memory)
 
 
 def linear_rotation(x: Tensor, theta: Tensor, at: Tensor) -> Tensor:
-    """LRPE: x ``[B, T_w, H, K]``, theta ``[H, K]``, positions ``[T_w]`` -> ``[B, T_w, H, 2 K]``, cosines first."""
+    """LRPE: x ``[B, T_w, H, K]``, theta ``[H K]``, positions ``[T_w]`` -> ``[B, T_w, H, 2 K]``, cosines first."""
     # In float64: at position 1,000,000 a float32 product is already off by 0.06 radians.
-    angles = at.to(torch.float64)[:, None, None] * theta.double()
+    angles = at.to(torch.float64)[:, None, None] * theta.double().view(x.shape[2:])
     return torch.cat((x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)), dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longtrain.kernels import softmax_attention
 from longtrain.layers.attention import SequenceParallelAttention
 from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_heads, check_prompt
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
@@ -134,7 +135,7 @@ class SoftmaxMixer(Mixer):
         self.rope_base = config.rope_base
         self.window = config.window
         self.qkv = nn.Linear(place.width, (self.heads + 2 * self.groups) * self.key_width, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.key_width, eps=1e-6) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(self.key_width, eps=1e-6) if config.qk_norm else None for _ in range(2))
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
         self.out = nn.Linear(self.heads * self.key_width, place.width, bias=False)
         window = None if config.window is None else (config.window, 0)
@@ -169,6 +170,7 @@ class SoftmaxMixer(Mixer):
         keys, values = torch.zeros(2, batch, size, self.groups, self.key_width, device=device, dtype=dtype)
         return KeyValueCache(keys, values, 0)
 
+    @torch.no_grad()  # keys and values are written in place
     def prefill(
         self, x: Tensor, shard: SequenceShard, state: KeyValueCache | None = None
     ) -> tuple[Tensor, KeyValueCache]:
@@ -186,6 +188,7 @@ class SoftmaxMixer(Mixer):
             o = self._attend(q, keys, values, causal=True)
         return self.out(o.flatten(2)), state.extended(k, v, ring=self.window is not None)
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
         positions = ONE_TOKEN.document_positions_on(x.device) + state.position
         q, k, v = self._project(x[:, None], positions)

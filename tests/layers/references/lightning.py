@@ -30,7 +30,7 @@ def reference(mixer: Any, x: Tensor) -> Tensor:
         past = x.new_zeros(width, width)  # LRPE's imaginary part
         for t in range(len(x)):
             # S = sum_s decay^(t-s) e^(-i theta s) k_s v_s, and o = Re(q e^(i theta t) S)
-            angle = torch.zeros_like(x[0, :width]) if mixer.theta is None else mixer.theta[head] * t
+            angle = torch.zeros_like(x[0, :width]) if mixer.theta is None else mixer.theta[part] * t
             state = decay * state + torch.outer(k[t, part] * angle.cos(), v[t, part])
             past = decay * past + torch.outer(k[t, part] * angle.sin(), v[t, part])
             o = (q[t, part] * angle.cos()) @ state + (q[t, part] * angle.sin()) @ past
@@ -41,7 +41,7 @@ def reference(mixer: Any, x: Tensor) -> Tensor:
     if options.norm != "head":
         y = y / (y.square().mean(1, keepdim=True) + 1e-6).sqrt()
     if options.norm == "learned":
-        y = mixer.norm_weight * y
+        y = mixer.norm.weight * y
     return (y * (torch.sigmoid(gate) if options.gate == "sigmoid" else gate)) @ mixer.out.weight.T
 
 
