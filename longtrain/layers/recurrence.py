@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from longtrain.kernels.precision import without_autocast
-from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
+from longtrain.parallel import (
+    SequenceShard,
+    sequence_parallel_delta_rule,
+    sequence_parallel_linear_attention,
+    sequence_parallel_slot_attention,
+)
 
 
 class MemoryState(NamedTuple):
@@ -77,6 +82,79 @@ def scan_linear_attention(
         state = state + one_token(k, state)[..., None] * one_token(v, state)[..., None, :]
         out = (one_token(q, state) * factor)[..., None, :] @ state
     return out.transpose(1, 2).to(q.dtype), state
+
+
+def scan_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    shard: SequenceShard,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T``, ``o_t = scale * q_t S_t``.
+
+    q, k ``[B, T_w, G, K]``, v ``[B, T_w, H, V]``, beta ``[B, T_w, H]``, log_decay None, ``[B, T_w, H]`` or ``[B, T_w,
+    H, K]``; state None or ``[B, H, K, V]``, float32 (float64 for float64 inputs). Returns o ``[B, T_w, H, V]`` and the
+    state (None for None).
+    """
+    if state is None:
+        return sequence_parallel_delta_rule(q, k, v, beta, log_decay, shard, scale=scale)
+    if not is_step(shard, state):
+        return sequence_parallel_delta_rule(
+            q, k, v, beta, log_decay, shard, scale=scale, initial_state=state, return_state=True
+        )
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    with without_autocast(q.device):
+        if log_decay is not None:
+            decay = log_decay[:, 0].to(state.dtype).exp()  # [B, H] or [B, H, K]
+            state = state * (decay[..., None] if log_decay.ndim == 4 else decay[..., None, None])
+        key = one_token(k, state)
+        held = (key[..., None, :] @ state).squeeze(2)  # what the state holds under this key
+        change = beta[:, 0, :, None].to(state.dtype) * (one_token(v, state) - held)
+        state = state + key[..., None] * change[..., None, :]
+        out = (one_token(q, state) * factor)[..., None, :] @ state
+    return out.transpose(1, 2).to(q.dtype), state
+
+
+def scan_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot: Tensor,
+    log_decay: Tensor,
+    shard: SequenceShard,
+    state: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``A_t = A_{t-1} diag(exp(g_t)) + k_t slot_t^T``, ``C_t = diag(exp(g_t)) C_{t-1} + slot_t v_t^T``; softmax of A.
+
+    ``o_t = softmax(scale * q_t A_t) C_t`` with g_t = log_decay. q, k ``[B, T_w, G, K]``, v ``[B, T_w, H, V]``, slot and
+    log_decay ``[B, T_w, H, M]``; state None or A ``[B, H, K, M]`` and C ``[B, H, M, V]``, float32 (float64 for float64
+    inputs). Returns o ``[B, T_w, H, V]`` and the state (None for None).
+    """
+    if state is None:
+        return sequence_parallel_slot_attention(q, k, v, slot, log_decay, shard, scale=scale)
+    keys, values = state
+    if not is_step(shard, state):
+        out, after = sequence_parallel_slot_attention(
+            q, k, v, slot, log_decay, shard, scale=scale, initial_state=(keys, values), return_state=True
+        )
+        assert after is not None
+        # They come as parts of one tensor, which steps would read across.
+        return out, (after[0].contiguous(), after[1].contiguous())
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    with without_autocast(q.device):
+        decay, write = log_decay[:, 0].to(keys.dtype).exp(), slot[:, 0].to(keys.dtype)  # [B, H, M]
+        keys = keys * decay[..., None, :] + one_token(k, keys)[..., None] * write[..., None, :]
+        values = values * decay[..., None] + write[..., None] * one_token(v, values)[..., None, :]
+        scores = (one_token(q, keys) * factor)[..., None, :] @ keys
+        out = torch.softmax(scores, -1) @ values
+    return out.transpose(1, 2).to(q.dtype), (keys, values)
 
 
 def one_token(x: Tensor, state: Tensor) -> Tensor:

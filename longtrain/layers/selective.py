@@ -1,4 +1,4 @@
-"""What recurrences share whose decays depend on the token."""
+"""What recurrences share whose gates depend on the token: decays by step sizes, keys of length 1, strengths."""
 
 import math
 
@@ -43,3 +43,14 @@ class SelectiveDecay(nn.Module):
         if self.width is not None:
             step, rate = step.unflatten(-1, (self.heads, self.width)), rate[:, None]
         return step, -rate * step
+
+
+def unit(x: Tensor) -> Tensor:
+    """x ``[..., K]`` divided by its length over K, ``x / sqrt(|x|^2 + 1e-6)``, in x's dtype."""
+    wide = x.to(state_dtype(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def strength(x: Tensor) -> Tensor:
+    """sigmoid(x) in float32 (float64 for float64): how much of what a key held is replaced."""
+    return torch.sigmoid(x.to(state_dtype(x.dtype)))

@@ -42,6 +42,47 @@ def test_lightning_is_minimax(layer: int) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+def test_gated_deltanet_is_qwen3_next(heads: int, key_heads: int) -> None:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    options = {"heads": heads, "key_heads": key_heads, "key_width": 8, "value_width": 12, "conv_width": 4}
+    torch.manual_seed(0)
+    theirs = Qwen3NextGatedDeltaNet(
+        Qwen3NextConfig(
+            hidden_size=32,
+            num_hidden_layers=4,
+            linear_num_value_heads=heads,
+            linear_num_key_heads=key_heads,
+            linear_key_head_dim=8,
+            linear_value_head_dim=12,
+            linear_conv_kernel_dim=4,
+            rms_norm_eps=1e-6,
+        ),
+        0,
+    )
+    kind = MIXERS["gated_deltanet"]
+    ours: Any = kind(kind.Config(**options), LayerPlace(width=32, index=0, depth=4))
+    with torch.no_grad():
+        theirs.norm.weight.uniform_(0.5, 1.5)
+        theirs.A_log.uniform_(-3, 0)  # slow
+        # Theirs is, key head by key head, its q, k, and the v and z of the value heads that share it.
+        shares = theirs.in_proj_qkvz.weight.view(key_heads, -1, 32)
+        q, k, v, z = shares.split((8, 8, 12 * heads // key_heads, 12 * heads // key_heads), dim=1)
+        ours.qkv.weight.copy_(torch.cat([part.flatten(0, 1) for part in (q, k, v)]))
+        ours.gate.weight.copy_(z.flatten(0, 1))
+        beta_and_rate = theirs.in_proj_ba.weight.view(key_heads, 2, -1, 32)
+        ours.rates.weight.copy_(beta_and_rate.transpose(0, 1).reshape(2 * heads, 32))
+        ours.convolution.weight.copy_(theirs.conv1d.weight)
+        ours.decay.A_log.copy_(theirs.A_log)
+        ours.decay.dt_bias.copy_(theirs.dt_bias)
+        ours.norm.weight.copy_(theirs.norm.weight)
+        ours.out.weight.copy_(theirs.out_proj.weight)
+        x = torch.randn(2, 43, 32)
+        torch.testing.assert_close(ours(x, SequenceShard(length=43)), theirs(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (8, 4)])
 def test_mamba2_is_mamba2(heads: int, groups: int) -> None:
     from transformers import Mamba2Config

@@ -57,12 +57,24 @@ def test_first_decays_are_slow_and_of_many_kinds() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
+        ("deltanet", {"conv_width": 0}, ("conv_width: got 0", "at least 1")),
+        ("deltanet", {"head_width": 0}, ("head_width: got 0", "at least 1")),
+        ("gated_deltanet", {"conv_width": 0}, ("conv_width: got 0", "at least 1")),
+        ("gated_deltanet", {"heads": 4, "key_heads": 3}, ("key_heads: got 3", "divide heads = 4")),
+        ("gated_deltanet", {"heads": 4, "key_heads": 0}, ("key_heads: got 0", "divide heads = 4")),
+        ("gated_deltanet", {"key_width": 0}, ("key_width: got 0", "at least 1")),
+        ("gated_deltanet", {"value_width": 0}, ("value_width: got 0", "at least 1")),
+        ("kimi_delta", {"conv_width": -1}, ("conv_width: got -1", "at least 1")),
+        ("kimi_delta", {"rank": 0}, ("rank: got 0", "at least 1")),
         ("mamba2", {"conv_width": 0}, ("conv_width: got 0", "at least 1")),
         ("mamba2", {"heads": 4, "groups": 3}, ("groups: got 3", "divide heads = 4")),
         ("mamba2", {"heads": 4, "groups": 0}, ("groups: got 0", "divide heads = 4")),
         ("mamba2", {"state_width": 0}, ("state_width: got 0", "at least 1")),
         ("mamba2", {"expand": 0}, ("expand: got 0", "at least 1")),
         ("mamba2", {"heads": 48}, ("heads: got 48", "divide expand * model.width = 64")),
+        ("gsa", {"slots": 0}, ("slots: got 0", "at least 1")),
+        ("gsa", {"damping": 0.0}, ("damping: got 0.0", "above 0")),
+        ("gsa", {"damping": float("nan")}, ("damping: got nan", "above 0")),
     ],
 )
 def test_options_that_cannot_work_are_refused(name: str, options: dict, parts: tuple[str, ...]) -> None:
