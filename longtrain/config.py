@@ -25,7 +25,7 @@ import longtrain.recipes
 from longtrain import run_folder
 from longtrain.data import DataConfig, check_data
 from longtrain.errors import UsageError
-from longtrain.layers.pattern import LayersConfig, nearest, plan_layers, type_name
+from longtrain.layers.pattern import LayersConfig, named_layers, nearest, type_name
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
@@ -37,6 +37,9 @@ RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
 ENGINES = ("fsdp",)
 # Any mapping of options is allowed here; the mixers themselves check it.
 FREE = ("layers.mixers",)
+# May be a list or a mapping, and the command line gives it whole: Hydra would merge mappings, and refuse the change of
+# one into the other.
+WHOLE = ("layers.pattern",)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def compose(recipe: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     folder, name = _find(recipe)
     checked = [_checked_override(text) for text in overrides]
+    parsed = [OverridesParser.create().parse_overrides([text])[0] for text in checked]
+    given = [str(override.key_or_group) for override in parsed]
+    whole = {key: override.value() for key, override in zip(given, parsed, strict=True) if key in WHOLE}
+    checked = [text for key, text in zip(given, checked, strict=True) if key not in WHOLE]
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             # A recipe outside the package still starts from base.yaml and may use its groups.
@@ -102,7 +109,8 @@ def compose(recipe: str, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UsageError(f"recipe {recipe}: {about}; a recipe starts with defaults: [base, _self_]") from error
     OmegaConf.set_struct(composed, False)  # a recipe that leaves base.yaml out has no such key yet
     composed.recipe = name
-    given = [str(OverridesParser.create().parse_overrides([text])[0].key_or_group) for text in checked]
+    for key, value in whole.items():
+        OmegaConf.update(composed, key, value, merge=False)
     if "resume" in given and composed.get("resume") is not None:
         composed = _resumed(composed, given)
     return from_mapping(composed)
@@ -129,7 +137,7 @@ def _resumed(composed: DictConfig, given: list[str]) -> DictConfig:
     if "run_dir" in given and composed.run_dir != composed.resume and composed.run_dir != saved.run_dir:
         raise UsageError(f"run_dir: got {composed.run_dir!r} with resume={run_dir}; a resumed run stays in its folder")
     for key in given:
-        OmegaConf.update(saved, key, OmegaConf.select(composed, key), force_add=True)
+        OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=key not in WHOLE, force_add=True)
     return saved
 
 
@@ -297,11 +305,13 @@ def _check(recipe: Recipe) -> None:
     except ValueError as error:
         raise UsageError(f"parallel.{error}") from error
     try:
-        plan_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+        named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if recipe.launch.processes is not None:
         degrees(recipe, recipe.launch.processes)
+    elif recipe.parallel.sequence is not None:
+        _check_ranks(recipe, recipe.parallel.sequence)
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:
@@ -338,15 +348,7 @@ def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"parallel.data: got {data} x parallel.sequence = {sequence}, that is {data * sequence} and not the "
             f"{processes} processes; parallel.data={processes // sequence} would work"
         )
-    rows = recipe.parallel.rows
-    if sequence % rows:
-        raise UsageError(f"parallel.rows: got {rows}, it must divide the {sequence} ranks that share a sequence")
-    layers = plan_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
-    for mixer, options, _ in layers:
-        try:
-            mixer.check_ranks(options, strategy=recipe.parallel.strategy, ranks=sequence, rows=rows)
-        except ValueError as error:
-            raise UsageError(f"parallel.{error}") from error
+    _check_ranks(recipe, sequence)
     micro = data * recipe.trainer.accumulation
     if recipe.trainer.sequences % micro:
         raise UsageError(
@@ -355,6 +357,20 @@ def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"{math.ceil(recipe.trainer.sequences / micro) * micro} would work"
         )
     return data, sequence
+
+
+def _check_ranks(recipe: Recipe, sequence: int) -> None:
+    """Refuse rows and mixers that so many ranks cannot share a sequence with."""
+    rows = recipe.parallel.rows
+    if sequence % rows:
+        raise UsageError(f"parallel.rows: got {rows}, it must divide the {sequence} ranks that share a sequence")
+    for layer in named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth):
+        try:
+            layer.mixer.check_ranks(layer.options, strategy=recipe.parallel.strategy, ranks=sequence, rows=rows)
+        except ValueError as error:
+            own = getattr(layer.options, "strategy", "auto") != "auto"
+            section = f"layers.mixers.{layer.name}" if own else "parallel"
+            raise UsageError(f"{section}.{error}") from error
 
 
 def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:

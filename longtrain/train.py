@@ -27,7 +27,7 @@ from longtrain import checkpoint, plots, run_folder
 from longtrain.config import Recipe, compose, degrees, to_yaml
 from longtrain.data import Sequences, build_data
 from longtrain.errors import UsageError, leave, report_failure
-from longtrain.layers import MIXERS, RecurrentMixer
+from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.metrics import MetricsWriter
 from longtrain.model import Decoder, count_parameters
 from longtrain.parallel import build_mesh
@@ -125,7 +125,10 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
     torch.manual_seed(recipe.seed)
     with processes.device:
         model = Decoder(
-            recipe.model, _with_strategy(recipe), vocabulary=training.vocabulary, recompute=recipe.memory.recompute
+            recipe.model,
+            with_strategy(recipe.layers, recipe.parallel.strategy),
+            vocabulary=training.vocabulary,
+            recompute=recipe.memory.recompute,
         )
     return Trainer(
         model,
@@ -164,16 +167,6 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
         raise UsageError(f"trainer.steps: got {trainer.config.steps}, but {steps}")
     trainer.restore(numbers)
     return float(numbers["seconds"])
-
-
-def _with_strategy(recipe: Recipe) -> Any:
-    """Mixers that attend take parallel.strategy unless they have their own; it is none for recurrences."""
-    mixers = {name: dict(options) for name, options in recipe.layers.mixers.items()}
-    for name, mixer in MIXERS.items():
-        has_one = any(option.name == "strategy" for option in dataclasses.fields(mixer.Config))
-        if has_one and not issubclass(mixer, RecurrentMixer) and mixers.get(name, {}).get("strategy", "auto") == "auto":
-            mixers.setdefault(name, {})["strategy"] = recipe.parallel.strategy
-    return dataclasses.replace(recipe.layers, mixers=mixers)
 
 
 def _device(recipe: Recipe, local_rank: int) -> torch.device:
@@ -256,8 +249,9 @@ def _peak_memory(device: torch.device) -> int:
 
 def _headline(recipe: Recipe, processes: Processes, trainer: Trainer, training: Sequences, run_dir: Path) -> list[str]:
     mesh = processes.mesh
+    layers = describe_layers(recipe.layers, recipe.model.depth)
     return [
-        f"{recipe.recipe}: {count_parameters(trainer.model):,} weights, layers {' '.join(recipe.layers.pattern)}",
+        f"{recipe.recipe}: {count_parameters(trainer.model):,} weights, layers {layers}",
         f"{processes.world} x {processes.device.type}: data {mesh['data'].size()} x sequence {mesh['sequence'].size()}"
         f", T = {recipe.data.length:,}, layout {recipe.parallel.layout}",
         f"training data: {training.describe()}",

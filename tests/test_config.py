@@ -84,7 +84,6 @@ REFUSED = [
     (["data=copy", "data.vocabulary=3"], "data.vocabulary", "3", "4 or more"),
     (["layers.pattern=[softmx]"], "layers.pattern", "'softmx'", "'softmax'"),
     (["layers.pattern=[]"], "layers.pattern", "lightning"),
-    (["layers.pattern=softmax"], "layers.pattern", "a list"),
     (["layers.mixers.softmx.heads=2"], "layers.mixers.softmx", "'softmax'"),
     (["layers.mixers.softmax.heds=4"], "layers.mixers.softmax.heds", "'heads'"),
     (["layers.mixers.softmax.heads=3"], "layers.mixers.softmax.heads", "3", "divide model.width"),
