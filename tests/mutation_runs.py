@@ -5,6 +5,7 @@ the first process imports torch and nothing of longtrain. Each test run is forke
 longtrain, mutated; each rank is forked from the test run.
 """
 
+import contextlib
 import importlib
 import os
 import select
@@ -25,7 +26,10 @@ import torch._dynamo.testing
 import torch.distributed.device_mesh
 import torch.utils.checkpoint
 
-from tests.mutations import ROOT, Mutation, misfit
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
+
+from tests.mutated.mutation import ROOT, Mutation, misfit
 
 _NOBODY_ANSWERED = 99
 

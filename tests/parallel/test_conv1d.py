@@ -155,7 +155,7 @@ def test_every_dtype_loses_nothing_over_ranks(layout: str, dtype: torch.dtype) -
     # a token's few products differs.
     case = Case(tokens=24 if layout == "contiguous" else 48, layout=layout)
     errors = run_distributed(4, _check_rounding, case, dtype)
-    allowed = 4 if dtype == torch.float32 else 1.1
+    allowed = 4 if dtype == torch.float32 else 1.02  # 1.09 with one more rounding of what is sent or of what stays
     for name in errors[0][0]:
         spread, single = (sum(of_rank[which][name] for of_rank in errors) ** 0.5 for which in (0, 1))
         assert 0 < spread <= allowed * single, (name, spread, single)

@@ -1,0 +1,122 @@
+"""Mutations of linear mixers and convolutions over ranks."""
+
+from tests.mutated.mutation import Mutation
+
+CONV = "tests/parallel/test_conv1d.py::"
+EQUALS = f"{CONV}test_equals_one_device[3]"
+ROUNDED = f"{CONV}test_every_dtype_loses_nothing_over_ranks[contiguous-dtype0]"
+PLAN = "tests/parallel/test_halo.py::test_the_plan_takes_every_token_from_its_holder"
+SCAN = "tests/parallel/test_linear.py::"
+RECURRENCE, FEWER = f"{SCAN}test_equals_the_recurrence[3]", f"{SCAN}test_equals_the_recurrence[2]"
+MIXERS, ENGINE = "parallel/linear/mixers.py", "parallel/linear/engine.py"
+RUNS, GATHER = "parallel/scan.py", "parallel/linear/allgather.py"
+CONVOLVE, HALO = "parallel/conv1d.py", "parallel/halo.py"
+
+MUTATIONS = (
+    # Convolutions: the halo, and the way back.
+    Mutation("rank-halo-dropped", CONVOLVE, "out[:, start:stop] = part", "pass", (EQUALS,)),
+    Mutation("rank-halo-gradient-dropped", CONVOLVE, "total[:, first - start :] += gradient", "pass", (EQUALS,)),
+    Mutation(
+        "rank-halo-gradient-rounded",
+        CONVOLVE,
+        "total[:, first - start :] += gradient",
+        "total[:, first - start :] += gradient.to(x.dtype)",
+        (ROUNDED,),
+    ),
+    Mutation(
+        "tail-rounded-before-the-sum",
+        CONVOLVE,
+        "total = part[:, part.shape[1] - (stop - start) :]",
+        "total = dx[:, start:stop].to(state)",
+        (ROUNDED,),
+    ),
+    Mutation(
+        "tail-without-what-it-sees", CONVOLVE, "begin = max(min(sent) - reach, start)", "begin = min(sent)", (EQUALS,)
+    ),
+    Mutation(
+        "weights-do-not-see-the-halo",
+        CONVOLVE,
+        "whole[:, segment] = halo[:, n]",
+        "whole[:, segment] = 0",
+        (EQUALS,),
+    ),
+    Mutation(
+        "halo-of-the-document-before",
+        HALO,
+        "begin = max(run.start - reach, starts[bisect_right(starts, run.start) - 1])",
+        "begin = max(run.start - reach, 0)",
+        (PLAN,),
+    ),
+    Mutation("halo-of-one-run-only", HALO, "        if start == begin:\n            break", "        break", (PLAN,)),
+    Mutation("halo-rows-from-the-start", HALO, "row=reach - (reader.start - start)", "row=start - begin", (PLAN,)),
+    Mutation(
+        "halo-asked-for-again",
+        CONVOLVE,
+        "halo = held[0] if held else HaloExchange(x, plan.halo, group).wait()",
+        "halo = HaloExchange(x, plan.halo, group).wait()",
+        (f"{CONV}test_only_the_halo_travels_and_only_to_neighbours",),
+    ),
+    Mutation(
+        "convolution-s-handshake-dropped",
+        CONVOLVE,
+        "    agree(spread, _signature(x, weight, bias, spread, stated), device=x.device)",
+        "    pass",
+        (f"{CONV}test_ranks_that_disagree_are_all_told",),
+    ),
+    # Scans: what a run sums up to, what it lets pass, and to whom.
+    Mutation(
+        "linear-transition-zeroed",
+        MIXERS,
+        "transition.exp() if self._decays else transition, state",
+        "0 * transition.exp() if self._decays else transition, state",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "delta-rule-transition-zeroed",
+        MIXERS,
+        "transition.exp() if self._decays else transition, state",
+        "transition.exp() if self._decays else 0 * transition, state",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "slot-transition-zeroed",
+        MIXERS,
+        "return log_transition.exp(), join_states(keys, values)",
+        "return 0 * log_transition.exp(), join_states(keys, values)",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "delta-rule-transition-not-transposed",
+        MIXERS,
+        "transition.transpose(-1, -2) if backward else transition",
+        "transition",
+        (RECURRENCE,),
+    ),
+    Mutation("runs-in-the-order-of-ranks", RUNS, "sorted(runs, key=lambda run: run.start)", "runs", (FEWER,)),
+    Mutation(
+        "states-stop-at-ranks", RUNS, "own + through(run, received) if run.passes", "own if run.passes", (RECURRENCE,)
+    ),
+    Mutation("states-pass-document-ends", RUNS, "after == bisect_left(starts, stop)", "True", (RECURRENCE,)),
+    Mutation(
+        "documents-continue-what-came-before",
+        RUNS,
+        "starts[after - 1] != start, after",
+        "start > 0, after",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "first-segment-summed-up",
+        ENGINE,
+        "(_of_runs(plan, x, plan.last) for x in run.summaries())",
+        "(_of_runs(plan, x, plan.first) for x in run.summaries())",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "gradients-enter-the-first-segment",
+        ENGINE,
+        "run.finish(before, _to_segments(plan, leaving, plan.last), need_state=False)",
+        "run.finish(before, _to_segments(plan, leaving, plan.first), need_state=False)",
+        (RECURRENCE,),
+    ),
+    Mutation("last-state-gradient-of-one-rank", GATHER, "received[:, -1].sum(0)", "received[0, -1]", (RECURRENCE,)),
+)
