@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from longtrain.errors import UsageError
+from longtrain.launch.benchmarking import DTYPES, accelerator, check_least, check_output, names
 
 PARTS = ("scaling", "packed", "rival", "memory", "virtual")
 STRATEGIES = ("ring", "allgather", "ulysses", "mesh", "auto")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,9 @@ def options(
     Raises:
         UsageError: a value that cannot work, alone or with the others.
     """
-    import torch
-
-    gpus = torch.accelerator.device_count() if device != "cpu" and torch.accelerator.is_available() else 0
-    if device not in (None, "cpu", "gpu"):
-        raise UsageError(f"--device: got {device!r}, expected cpu or gpu")
-    if device == "gpu" and not gpus:
-        raise UsageError("--device: got gpu, but PyTorch finds none here; --device cpu would work")
-    accelerator = torch.accelerator.current_accelerator() if gpus else None
+    kind, gpus = accelerator(device)
     usual = (65536, 32, 8, 128, "bfloat16", gpus) if gpus else (16384, 8, heads or 8, 64, "float32", 2)
-    parts = _names("only", only, PARTS, ("scaling", "packed", *(() if gpus else ("rival",)), "memory"))
+    parts = names("only", only, PARTS, ("scaling", "packed", *(() if gpus else ("rival",)), "memory"))
     if virtual is not None or (gpus == 1 and only is None):
         parts = parts if "virtual" in parts else (*parts, "virtual")
     chosen = Options(
@@ -92,11 +85,11 @@ def options(
         kv_heads=usual[2] if kv_heads is None else kv_heads,
         width=usual[3] if width is None else width,
         dtype=usual[4] if dtype is None else dtype,
-        device="cpu" if accelerator is None else accelerator.type,
+        device=kind,
         processes=usual[5] if processes is None else processes,
         repeats=repeats,
         parts=parts,
-        strategies=_names("strategy", strategy, STRATEGIES, STRATEGIES[:4] if gpus else STRATEGIES[:1]),
+        strategies=names("strategy", strategy, STRATEGIES, STRATEGIES[:4] if gpus else STRATEGIES[:1]),
         virtual=8 if virtual is None else virtual,
         output=output,
     )
@@ -104,19 +97,9 @@ def options(
     return chosen
 
 
-def _names(option: str, given: str | None, known: Sequence[str], usual: tuple[str, ...]) -> tuple[str, ...]:
-    names = usual if given is None else tuple(dict.fromkeys(name.strip() for name in given.split(",")))
-    for name in names:
-        if name not in known:
-            raise UsageError(f"--{option}: got {name!r}, expected names out of {', '.join(known)}, with commas between")
-    return names
-
-
 def _check(chosen: Options, gpus: int) -> None:
     least = {"length": 128, "heads": 1, "kv_heads": 1, "width": 1, "processes": 1, "repeats": 1, "virtual": 1}
-    for name, value in least.items():
-        if getattr(chosen, name) < value:
-            raise UsageError(f"--{name.replace('_', '-')}: got {getattr(chosen, name)}, expected {value} or more")
+    check_least(chosen, least)
     if chosen.dtype not in DTYPES:
         raise UsageError(f"--dtype: got {chosen.dtype!r}, expected one of {', '.join(DTYPES)}")
     if chosen.heads % chosen.kv_heads:
@@ -130,5 +113,4 @@ def _check(chosen: Options, gpus: int) -> None:
         )
     if "rival" in chosen.parts and chosen.length % chosen.processes:
         raise UsageError(f"--length: got {chosen.length}, expected a multiple of the {chosen.processes} processes")
-    if chosen.output is not None and not chosen.output.absolute().parent.is_dir():
-        raise UsageError(f"--output: got {chosen.output}, expected a file in a folder that exists")
+    check_output(chosen.output)

@@ -6,14 +6,23 @@ meanwhile. Before a side is timed, its results on the same inputs must be those 
 
 import contextlib
 import datetime
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longtrain.bench_common.comparing import deviations
 from longtrain.launch.attention_options import PARTS, Options
+from longtrain.launch.benchmarking import (
+    Disagreement,
+    Said,
+    check_agreement,
+    in_turn,
+    listed,
+    machine_rows,
+    table,
+)
 from longtrain.launch.local import cores
 from longtrain.launch.team import Team
 
@@ -30,15 +39,11 @@ INSTALL_RIVAL = "pip install --no-deps ring-attention-pytorch==0.5.20 einops bea
 Side = tuple[str, str]  # layout, strategy
 
 
-class Disagreement(Exception):
-    """A side's results are not those of SDPA: nothing is timed."""
-
-
 def run(chosen: Options) -> int:
     """Measure and print; 0, or 1 where results differ from SDPA's."""
     with contextlib.ExitStack() as stack:
         bench = Bench(chosen, stack)
-        bench.say(_setting(chosen))
+        bench.said.say(_setting(chosen))
         parts: dict[str, Callable[[], None]] = {
             "scaling": bench.scaling,
             "packed": bench.packed,
@@ -53,8 +58,7 @@ def run(chosen: Options) -> int:
         except Disagreement as difference:
             print(f"longtrain: {difference}: no comparison", file=sys.stderr)
             return 1
-    if chosen.output is not None:
-        chosen.output.write_text("\n\n".join(bench.said) + "\n", encoding="utf-8")
+    bench.said.write(chosen.output)
     return 0
 
 
@@ -63,16 +67,11 @@ class Bench:
 
     def __init__(self, chosen: Options, stack: contextlib.ExitStack) -> None:
         self._chosen, self._stack = chosen, stack
-        self.said: list[str] = []
+        self.said = Said()
         self._teams: dict[str, Team] = {}
         self._allowed: dict[str, dict[str, float]] = {}  # of each case's results, relative
         self._agreed: set[str] = set()
         self._files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longtrain-bench-")))
-
-    def say(self, text: str) -> None:
-        """Print some markdown now, and keep it for the file."""
-        print(f"{text}\n", flush=True)
-        self.said.append(text)
 
     @property
     def _ranks(self) -> Team:
@@ -95,16 +94,16 @@ class Bench:
         chosen = self._chosen
         sides = [(layout, strategy) for strategy in chosen.strategies for layout in LAYOUTS]
         self._agree("one", chosen.case(), sides)
-        best = self._in_turn({"SDPA": (self._single, "one"), **self._timed("one", sides)})
+        best = in_turn({"SDPA": (self._single, "one"), **self._timed("one", sides)}, repeats=chosen.repeats)
         rows = [["SDPA, one process", "", "", f"{best['SDPA']:.3f}", "1", ""]]
         for layout, strategy in sides:
             seconds = best[f"{layout} {strategy}"]
             bar = f">= {SCALING_BAR}" if layout != "contiguous" and chosen.device == "cpu" else ""
             ratio = best["SDPA"] / seconds / self._share
             rows.append(["longtrain", layout, strategy, f"{seconds:.3f}", f"{ratio:.3f}", bar])
-        self.say(
+        self.said.say(
             "## One causal document\n\n"
-            + _table(["attention", "layout", "strategy", "seconds", f"throughput {self._per}", "bar"], rows)
+            + table(["attention", "layout", "strategy", "seconds", f"throughput {self._per}", "bar"], rows)
         )
 
     def packed(self) -> None:
@@ -115,7 +114,7 @@ class Bench:
         self._agree("one", chosen.case(), [])
         self._agree("packed", chosen.case(documents=documents), sides)
         teams = {"SDPA": (self._single, "one"), "SDPA by document": (self._single, "packed")}
-        best = self._in_turn({**teams, **self._timed("packed", sides)})
+        best = in_turn({**teams, **self._timed("packed", sides)}, repeats=chosen.repeats)
         rate = _pairs([chosen.length]) / best["SDPA"]
         ideal = _pairs(documents) / rate / self._share
         rows = [["ideal", "", "", f"{ideal:.3f}", "1", ""]]
@@ -125,12 +124,12 @@ class Bench:
             seconds = best[f"{layout} {strategy}"]
             bar = f">= {PACKED_BAR}" if layout == "balanced" and chosen.device == "cpu" else ""
             rows.append(["longtrain", layout, strategy, f"{seconds:.3f}", f"{ideal / seconds:.3f}", bar])
-        self.say(
+        self.said.say(
             f"## Packed documents\n\nLengths {', '.join(map(str, documents))}: {_pairs(documents):,} visible pairs, "
             f"{_pairs(documents) / _pairs([chosen.length]):.3f} of one document's. The ideal is the time that one "
             f"process's SDPA would need for as many pairs at its rate on one causal document, {rate / 1e6:,.1f} "
             f"million pairs/s forward and backward ({best['SDPA']:.3f} s){self._devices}.\n\n"
-            + _table(["attention", "layout", "strategy", "seconds", "of the ideal", "bar"], rows)
+            + table(["attention", "layout", "strategy", "seconds", "of the ideal", "bar"], rows)
         )
 
     def rival(self) -> None:
@@ -138,7 +137,9 @@ class Bench:
         chosen = self._chosen
         version = self._ranks.ask("rival")[0]["version"]
         if version is None:
-            self.say(f"ring-attention-pytorch is not installed and was not measured; it would be with: {INSTALL_RIVAL}")
+            self.said.say(
+                f"ring-attention-pytorch is not installed and was not measured; it would be with: {INSTALL_RIVAL}"
+            )
             return
         ours = ("zigzag", chosen.strategies[0])
         self._agree("one", chosen.case(), [ours])
@@ -148,9 +149,11 @@ class Bench:
         for name, kind in kinds.items():
             self._ranks.ask("prepare", {"side": f"small {name}", "case": small, **kind})
             answers = self._ranks.ask("small_truth", {"side": f"small {name}", "case": small})
-            errors[name] = _deviations([answer["squares"] for answer in answers])
+            errors[name] = deviations(*(answer["squares"] for answer in answers))
         self._ranks.ask("prepare", {"side": "rival", "kind": "rival", "case": chosen.case()})
-        best = self._in_turn({**self._timed("one", [ours]), "ring-attention-pytorch": (self._ranks, "rival")})
+        best = in_turn(
+            {**self._timed("one", [ours]), "ring-attention-pytorch": (self._ranks, "rival")}, repeats=chosen.repeats
+        )
         mine, other = best[" ".join(ours)], best["ring-attention-pytorch"]
         bar = f">= {RIVAL_BAR:g}" if chosen.device == "cpu" else ""
         names = list(errors["longtrain"])
@@ -160,13 +163,13 @@ class Bench:
         ]
         wrong = max(names, key=lambda name: errors["ring-attention-pytorch"][name])
         verdict = "**Its gradients are wrong**" if errors["ring-attention-pytorch"][wrong] > 1e-2 else "Its errors"
-        self.say(
+        self.said.say(
             f"## ring-attention-pytorch {version}\n\nThe same {chosen.processes} processes and inputs; its ring over "
             "contiguous shards, its default bucket of 1024 tokens, its path for devices without CUDA.\n\n"
-            + _table(["attention", "seconds", "forward and backward", "bar"], rows)
+            + table(["attention", "seconds", "forward and backward", "bar"], rows)
             + f"\n\n{verdict}: relative error against dense attention in float64, T = {small['length']}, the loss's "
             "gradient random:\n\n"
-            + _table(
+            + table(
                 ["attention", *names],
                 [[name, *(f"{errors[name][result]:.1e}" for result in names)] for name in errors],
             )
@@ -197,7 +200,7 @@ class Bench:
             bar = f"<= {MEMORY_BAR:.2f}" if world == 4 else ""
             share = peaks[world, tokens] / peaks[first[0]]
             rows.append([str(world), f"{tokens / world:g}", f"{peaks[world, tokens] / 2**20:.2f}", f"{share:.3f}", bar])
-        text = _table(["ranks", "tokens each", "MiB", f"of {first[0][0]} rank", "bar"], rows)
+        text = table(["ranks", "tokens each", "MiB", f"of {first[0][0]} rank", "bar"], rows)
         growing = cases[len(first) :]
         if growing:
             base = peaks[growing[0]]
@@ -205,8 +208,8 @@ class Bench:
                 [str(world), str(each), f"{peaks[world, tokens] / 2**20:.2f}", f"{peaks[world, tokens] / base:.3f}"]
                 for world, tokens in growing
             ]
-            text += "\n\n" + _table(["ranks (ring steps)", "tokens each", "MiB", f"of {growing[0][0]} ranks"], grown)
-        self.say(
+            text += "\n\n" + table(["ranks (ring steps)", "tokens each", "MiB", f"of {growing[0][0]} ranks"], grown)
+        self.said.say(
             f"## Peak memory of a rank\n\nBytes of all tensors of a rank's forward and backward call at its peak: its "
             f"q, k, v and dout, results, and all that lives in between. zigzag, {strategy}, H {MEMORY_HEADS}, "
             f"G {MEMORY_KV_HEADS}, K {MEMORY_WIDTH}, {chosen.dtype}. At one length per rank it should not grow with "
@@ -226,10 +229,10 @@ class Bench:
         fastest = min(float(row[3]) for row in rows)
         rows = [[*row, f"{float(row[3]) / fastest:.2f}"] for row in rows]
         header = ["layout", "forward s", "backward s", "sum s", "over even", "pairs over even", "of the fastest"]
-        self.say(
+        self.said.say(
             f"## The critical path of {world} ranks, played by one\n\nThe sum over the ring's steps of the slowest "
             "rank's kernel time, without any message; even: all ranks' time shared out evenly; pairs: the same in "
-            "visible pairs.\n\n" + _table(header, rows)
+            "visible pairs.\n\n" + table(header, rows)
         )
 
     # ---- measuring -------------------------------------------------------------------------------------------------
@@ -264,45 +267,17 @@ class Bench:
             (answer,) = self._single.ask("reference", {"side": name, "file": file})
             self._allowed[name] = {result: BUDGET * loss for result, loss in answer["losses"].items()}
             kernel = "" if prepared["backend"] is None else f" ({prepared['backend']})"
-            print(f"SDPA{kernel}, {name}: loses {_listed(answer['losses'])} to its dtype", flush=True)
+            print(f"SDPA{kernel}, {name}: loses {listed(answer['losses'])} to its dtype", flush=True)
         for layout, strategy in sides:
             side = f"{name} {layout} {strategy}"
             if side in self._agreed:
                 continue
             self._ranks.ask("prepare", {"side": side, "case": case, **_longtrain(layout, strategy)})
             answers = self._ranks.ask("compare", {"side": side, "file": file})
-            deviations = _deviations([answer["squares"] for answer in answers])
-            check_agreement(side, deviations, self._allowed[name])
+            found = deviations(*(answer["squares"] for answer in answers))
+            check_agreement(side, found, self._allowed[name])
             self._agreed.add(side)
-            print(f"{side}: deviates from SDPA by {_listed(deviations)}", flush=True)
-
-    def _in_turn(self, sides: Mapping[str, tuple[Team, str]]) -> dict[str, float]:
-        """Time each side once, then each again ...; the best seconds of each, those of its slowest rank."""
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(1, self._chosen.repeats + 1):
-            for name, (team, side) in sides.items():
-                times[name].append(max(answer["seconds"] for answer in team.ask("measure", {"side": side})))
-                print(f"  {repeat}. {name:<24} {times[name][-1]:8.3f} s", flush=True)
-        return {name: min(seconds) for name, seconds in times.items()}
-
-
-def check_agreement(side: str, deviations: Mapping[str, float], allowed: Mapping[str, float]) -> None:
-    """Raise a Disagreement that names the results that are farther from SDPA's than allowed (relative errors)."""
-    wrong = [
-        f"{name} by {deviations[name]:.1e}, more than {limit:.1e}"
-        for name, limit in allowed.items()
-        if not deviations[name] <= limit  # NaN is wrong too
-    ]
-    if wrong:
-        raise Disagreement(f"{side} differs from SDPA in {'; '.join(wrong)}")
-
-
-def _deviations(ranks: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """The relative error of each result, from every rank's squared norms of the difference and of the truth."""
-    return {
-        name: math.sqrt(sum(rank[name][0] for rank in ranks) / sum(rank[name][1] for rank in ranks))
-        for name in ranks[0]
-    }
+            print(f"{side}: deviates from SDPA by {listed(found)}", flush=True)
 
 
 def _longtrain(layout: str, strategy: str) -> dict[str, str]:
@@ -325,30 +300,13 @@ def _pairs(documents: Sequence[int]) -> int:
     return sum(tokens * (tokens + 1) // 2 for tokens in documents)
 
 
-def _listed(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {number:.1e}" for name, number in numbers.items())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns line up in a terminal too."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
 def _setting(chosen: Options) -> str:
     """Title, hardware, shapes and how it is measured."""
-    from longtrain.run_folder import environment
-
-    machine = environment()
     on_cpu = chosen.device == "cpu"
-    hardware = f"{machine['cpu']}, {cores()} cores" if on_cpu else ", ".join(machine["accelerators"])
     threads, processes = _threads(chosen), chosen.processes
     single = f"one process x {threads * processes} threads" if on_cpu else "one process on one device"
     rows = [
-        ["hardware", f"{hardware}, {machine['memory_bytes'] / 2**30:.0f} GiB of host memory"],
-        ["software", f"Python {machine['python']}, torch {machine['torch']}, longtrain {machine['longtrain']}"],
+        *machine_rows(chosen.device),
         ["shapes", f"B 1, T {chosen.length}, H {chosen.heads}, G {chosen.kv_heads}, K {chosen.width}, {chosen.dtype}"],
         ["longtrain", f"{processes} processes" + (f" x {threads} threads" if on_cpu else ", a device each")],
         ["beside", f"`torch.nn.functional.scaled_dot_product_attention`, {single}, dense [B, H, T, K]"],
@@ -369,4 +327,4 @@ def _setting(chosen: Options) -> str:
     today = datetime.date.today().isoformat()
     note = "GPUs were not measured." if on_cpu else ""
     text = f"# Sequence-parallel attention on {where}\n\n`{chosen.command}`, {today}. {note}".rstrip()
-    return f"{text}\n\n{_table(['what', 'setting'], rows)}"
+    return f"{text}\n\n{table(['what', 'setting'], rows)}"

@@ -22,6 +22,7 @@ examples:
   longtrain generate runs/quickstart-20260131-120000 --prompt "def "
   longtrain bench training quickstart             speed beside a bare PyTorch loop
   longtrain bench attention                       attention over processes beside one process
+  longtrain bench mixers                          linear operators and mixers as sequences grow
   longtrain bench kernels                         one device's kernels beside the best others
 
 longtrain/recipes/base.yaml lists every key with its unit and reason. Across machines, start the same entry with
@@ -94,8 +95,35 @@ def build_parser() -> argparse.ArgumentParser:
     attention.add_argument("--strategy", metavar="NAMES", help="out of ring,allgather,ulysses,mesh,auto (ring)")
     attention.add_argument("--output", type=Path, metavar="FILE", help="write the results there too, as markdown")
     attention.set_defaults(command=_bench_attention)
+    _add_bench_mixers(kinds)
     _add_bench_kernels(kinds)
     return parser
+
+
+def _add_bench_mixers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    mixers = kinds.add_parser("mixers", help="mixers as sequences grow", description=_bench_mixers.__doc__)
+    mixers.add_argument("--only", metavar="PARTS", help="out of operators,mixers,scaling (operators,mixers)")
+    mixers.add_argument("--operators", metavar="NAMES", help="which operators (all); a wrong name lists them")
+    mixers.add_argument("--mixers", metavar="NAMES", help="which mixers (all); scaling measures those named here too")
+    mixers.add_argument("--ranks", metavar="NUMBERS", help="ranks that share a sequence (1,2,4 up to all there are)")
+    for name, default, what in (
+        ("shortest", 2048, "first sequence length T, then doubled again and again (2048)"),
+        ("longest", None, "last T; default: until time or memory end it"),
+        ("softmax-longest", None, "last T of softmax, whose time grows with T * T (16384; 65536 on GPUs)"),
+        ("length", 65536, "T of the part scaling (65536)"),
+        ("heads", None, "heads H (4; 16 on GPUs)"),
+        ("width", None, "width K of a head (64; 128 on GPUs)"),
+        ("repeats", 3, "measurements of each side (3)"),
+    ):
+        mixers.add_argument(f"--{name}", type=int, default=default, metavar="N", help=what)
+    mixers.add_argument("--seconds", type=float, default=4.0, metavar="S", help="limit for each line of a table (4)")
+    mixers.add_argument("--memory", type=float, metavar="GIB", help="limit: CPU, all ranks together; GPUs, each")
+    mixers.add_argument("--dtype", help="float32; bfloat16 on GPUs")
+    mixers.add_argument("--device", help="cpu or gpu; default: GPUs where there are any")
+    mixers.add_argument("--layout", default="natural", help="contiguous, zigzag or natural: what is best for each")
+    mixers.add_argument("--strategy", default="auto", help="of linear operators: allgather, alltoall, chain, ulysses")
+    mixers.add_argument("--output", type=Path, metavar="FILE", help="write markdown there, and the plot beside it")
+    mixers.set_defaults(command=_bench_mixers)
 
 
 def _add_bench_kernels(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -177,6 +205,15 @@ def _bench_attention(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
     return benchmark_attention.run(options(**given))
+
+
+def _bench_mixers(arguments: argparse.Namespace) -> int:
+    """Measure operators and mixers over ranks as sequences grow, beside softmax: speed, memory, bytes received."""
+    from longtrain.launch import benchmark_mixers
+    from longtrain.launch.mixers_options import options
+
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    return benchmark_mixers.run(options(**given))
 
 
 def _bench_kernels(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files: loss over the steps, held-out loss by position in the document, and recall.
+"""Pictures as PNG files: of a run the loss over the steps and by position, and recall; of a benchmark its speeds.
 
 Matplotlib is imported when a picture is drawn, without pyplot: no window, no global state.
 """
@@ -6,8 +6,9 @@ Matplotlib is imported when a picture is drawn, without pyplot: no window, no gl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Told apart in grey and with colour-blind eyes.
 _BLUE, _RED, _GREY, _DARK = "#33658a", "#d1495b", "#8d99ae", "#2b2d42"
+_MARKERS = "osD^v<>PX*h"
 
 
 def plot_loss(metrics_path: Path, png_path: Path) -> None:
@@ -96,11 +98,55 @@ def plot_accuracy_by_pairs(curves: Mapping[str, Mapping[int, float]], png_path: 
     figure.savefig(png_path)
 
 
-def _figure(*, height: float) -> Figure:
+@dataclass(frozen=True)
+class Panel:
+    """Lines of one plot: name -> tokens per second by sequence length T, tokens."""
+
+    title: str
+    speeds: Mapping[str, Mapping[int, float]]
+
+
+def plot_speeds(panels: Sequence[Sequence[Panel]], png_path: Path, *, beside: str | None) -> None:
+    """Draw tokens per second by T, rows of panels that each share their lines' names; beside: drawn as the rival."""
+    columns = max(map(len, panels))
+    figure = _figure(height=3.4 * len(panels) + 0.2, width=3.1 * columns + 1.9)
+    grid = figure.subplots(len(panels), columns, squeeze=False, sharex=True, sharey="row")
+    for row, axes_of_row in zip(panels, grid, strict=True):
+        names = list(dict.fromkeys(name for panel in row for name in panel.speeds))
+        shown: dict[str, Any] = {}
+        for panel, axes in zip(row, axes_of_row, strict=False):
+            for place, name in enumerate(names):
+                if not panel.speeds.get(name):
+                    continue
+                lengths, speeds = zip(*sorted(panel.speeds[name].items()), strict=True)
+                rival = name == beside
+                (shown[name],) = axes.plot(
+                    lengths,
+                    speeds,
+                    "--" if rival else "-",
+                    color="black" if rival else f"C{place % 10}",
+                    marker=_MARKERS[place % len(_MARKERS)],
+                    markersize=3.5,
+                    linewidth=1.8 if rival else 1.2,
+                )
+            _dress(axes, title=panel.title, x="T, tokens" if row is panels[-1] else "", y="")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes_of_row[0].set_ylabel("tokens per second")
+        there = [name for name in names if name in shown]
+        axes_of_row[len(row) - 1].legend(
+            [shown[name] for name in there], there, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+        )
+    figure.savefig(png_path)
+
+
+def _figure(*, height: float, width: float = 7.2) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

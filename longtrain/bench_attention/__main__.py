@@ -1,76 +1,25 @@
-"""One worker of `longtrain bench attention`: takes commands from a pipe, one at a time, and answers each.
+"""One worker of `longtrain bench attention` (see `longtrain.bench_common.worker`)."""
 
-It waits for a command in a blocking read, so that an idle worker takes no time from the one that is measured. Commands
-and answers are JSON objects; {"failed": traceback} is the answer to what went wrong.
-"""
-
-import argparse
-import json
 import sys
-import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from longtrain.bench_attention import sides
 from longtrain.bench_attention.cases import Case, inputs, squares
 from longtrain.bench_attention.memory import peak_bytes
 from longtrain.bench_attention.virtual import critical_path
+from longtrain.bench_common import worker
+from longtrain.bench_common.measuring import seconds
 from longtrain.errors import leave
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Join the group and answer commands until the pipe closes."""
-    parser = argparse.ArgumentParser(prog="python -m longtrain.bench_attention", description="One benchmark worker.")
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--world", type=int, required=True)
-    parser.add_argument("--store", type=Path, required=True, help="file in which the ranks meet")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--device", required=True, help="cpu, or the type of an accelerator")
-    parser.add_argument("--pipe", type=int, required=True, help="file descriptor of the pipe")
-    arguments = parser.parse_args(argv)
-    pipe = Connection(arguments.pipe)
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    if device.type != "cpu":
-        device = torch.device(device.type, arguments.rank)
-        torch.accelerator.set_device_index(arguments.rank)
-    group = None
-    if arguments.world > 1:
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else None,
-            init_method=f"file://{arguments.store}",
-            rank=arguments.rank,
-            world_size=arguments.world,
-            device_id=None if device.type == "cpu" else device,
-        )
-        group = dist.group.WORLD
-    worker = Worker(arguments.rank, arguments.world, group, device)
-    while True:
-        try:
-            command = json.loads(pipe.recv_bytes())
-        except EOFError:
-            return 0
-        pipe.send_bytes(json.dumps(worker.answer(command)).encode())
-
-
-class Worker:
+class Worker(worker.Worker):
     """A rank, and the sides that it has been told to prepare."""
 
-    def __init__(self, rank: int, world: int, group: sides.Group, device: torch.device) -> None:
-        self._rank, self._world, self._group, self._device = rank, world, group, device
+    def __init__(self, rank: int, world: int, group: worker.Group, device: torch.device) -> None:
+        super().__init__(rank, world, group, device)
         self._sides: dict[str, sides.Side] = {}
-
-    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Do `command["do"]`, a public method below, with the command's other entries."""
-        try:
-            return getattr(self, command.pop("do"))(**command)
-        except Exception:  # the launcher shows it and ends all workers
-            return {"failed": traceback.format_exc()}
 
     def prepare(
         self, side: str, kind: str, case: dict[str, Any], layout: str = "", strategy: str = ""
@@ -92,7 +41,7 @@ class Worker:
         names = sides.sdpa_backends(case, self._device)
         candidates = [sides.Single(case, device=self._device, backend=name) for name in names]
         if len(candidates) > 1:
-            times = [min(sides.seconds(one, group=None, device=self._device) for _ in range(2)) for one in candidates]
+            times = [min(seconds(one, group=None, device=self._device) for _ in range(2)) for one in candidates]
             fastest = times.index(min(times))
             names, candidates = [names[fastest]], [candidates[fastest]]
         self._sides[side] = candidates[0]
@@ -105,7 +54,7 @@ class Worker:
 
     def measure(self, side: str) -> dict[str, Any]:
         """One timed run; seconds."""
-        return {"seconds": sides.seconds(self._sides[side], group=self._group, device=self._device)}
+        return {"seconds": seconds(self._sides[side], group=self._group, device=self._device)}
 
     def reference(self, side: str, file: str) -> dict[str, Any]:
         """Write a single process's results to a file, and tell what their dtype lost (relative error of each)."""
@@ -149,4 +98,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(worker.serve("longtrain.bench_attention", Worker, sys.argv[1:]))

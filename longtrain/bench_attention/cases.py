@@ -1,6 +1,5 @@
 """A case of the benchmark: its shapes, its inputs, and how far one result is from another."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtrain.bench_common import comparing
+
 NAMES = ("out", "dq", "dk", "dv")
 SEED = 20_25
-WIDER = {torch.float32: torch.float64}  # the dtype that tells what a dtype loses; float32 for half precision
 
 Results = tuple[Tensor, ...]  # in the order of NAMES
 
@@ -65,18 +65,6 @@ def inputs(case: Case, positions: Tensor, device: torch.device) -> Results:
 
 
 def squares(results: Results, truth: Results) -> dict[str, list[float]]:
-    """Per result the squared norm of its difference from the truth, and that of the truth, summed in float64.
-
-    They add up over ranks that hold different tokens; see `deviations`.
-    """
-    sums = {}
-    for name, mine, wanted in zip(NAMES, results, truth, strict=True):
-        wanted = wanted.to(mine.device, torch.float64)
-        difference = (mine.double() - wanted).square().sum()
-        sums[name] = [float(difference), float(wanted.square().sum())]
-    return sums
-
-
-def deviations(sums: Mapping[str, list[float]]) -> dict[str, float]:
-    """The relative error of each result: norm of the difference over norm of the truth."""
-    return {name: math.sqrt(difference / truth) for name, (difference, truth) in sums.items()}
+    """Squared norms of each result's difference from the truth, and of the truth (see `comparing.squares`)."""
+    mine, wanted = ({str(name): x for name, x in zip(NAMES, tensors, strict=True)} for tensors in (results, truth))
+    return comparing.squares(mine, wanted)

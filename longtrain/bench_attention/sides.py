@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,7 +11,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longtrain.bench_attention.cases import WIDER, Case, Results, deviations, inputs, squares
+from longtrain.bench_attention.cases import Case, Results, inputs, squares
+from longtrain.bench_common.comparing import WIDER, deviations
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 
 Group = dist.ProcessGroup | None
@@ -143,22 +143,3 @@ class Rival:
         )
         dq, dk, dv = torch.autograd.grad(out, (self._q, self._k, self._v), self._dout)
         return self._in_order(out.detach()), self._in_order(dq), dk, dv
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def seconds(side: Side, *, group: Group, device: torch.device) -> float:
-    """One timed run, in seconds; the group's ranks start together."""
-    if group is not None:
-        dist.barrier(group)
-    synchronize(device)
-    start = time.perf_counter()
-    results = side.run()
-    synchronize(device)
-    elapsed = time.perf_counter() - start
-    del results  # freed outside of the time
-    return elapsed

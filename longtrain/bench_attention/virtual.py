@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtrain.bench_attention.cases import Case, inputs
-from longtrain.bench_attention.sides import synchronize
+from longtrain.bench_common.measuring import synchronize
 from longtrain.kernels.softmax_attention import attention_backward, attention_forward
 from longtrain.parallel import SequenceShard
 

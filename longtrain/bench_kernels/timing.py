@@ -1,16 +1,15 @@
 """How long a call takes and what memory it holds, on a CPU or a GPU; sides that are compared take turns."""
 
 import gc
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from longtrain.bench_common.measuring import memory_events, synchronize, trace_events
 
 Call = Callable[[], object]
 SHORTEST = 0.02  # seconds that a sample on a GPU takes: shorter calls are repeated within it
@@ -25,12 +24,6 @@ class Times:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def seconds(call: Call, device: torch.device, *, calls: int = 1) -> float:
@@ -77,13 +70,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = call()
         del results
-    with tempfile.TemporaryDirectory(prefix="longtrain-bench-") as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     held = peak = 0
-    memory = (event for event in events if event.get("name") == "[memory]")
-    for event in sorted(memory, key=lambda e: (e["ts"], e["args"]["Ev Idx"])):
+    for event in memory_events(trace_events(profiler)):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longtrain.bench_attention.cases import NAMES, Case, deviations, inputs, squares
+from longtrain.bench_attention.cases import NAMES, Case, inputs, squares
 from longtrain.bench_attention.memory import peak_bytes
 from longtrain.bench_attention.sides import Longtrain, Single
 from longtrain.bench_attention.virtual import critical_path
+from longtrain.bench_common.comparing import deviations
 from longtrain.cli import main
 from longtrain.launch import attention_options, benchmark_attention
 from longtrain.launch.benchmark_attention import Disagreement, check_agreement
