@@ -66,6 +66,23 @@ def test_patterns_repeat_over_depth() -> None:
         ({"mixers": {"softmax": {"heads": 4, "head_width": 7}}}, ("head_width", "7", "even")),
         ({"mixers": {"softmax": {"heads": 4, "window": -1}}}, ("window", "-1")),
         ({"pattern": ["lightning"], "mixers": {"lightning": {"heads": 0}}}, ("lightning.heads", "0")),
+        ({"mixers": {"softmax": {"heads": 4, "softcap": 0.0}}}, ("softmax.softcap", "0.0")),
+        ({"mixers": {"softmax": {"heads": 4, "rope_base": 1.0}}}, ("softmax.rope_base", "1.0")),
+        (
+            {"pattern": ["sliding_window"], "mixers": {"sliding_window": {"window": None}}},
+            ("sliding_window.window", "null", "softmax"),
+        ),
+        ({"pattern": ["lightning"], "mixers": {"lightning": {"decay": "deep"}}}, ("decay", "'deep'", "minimax")),
+        ({"pattern": ["lightning"], "mixers": {"lightning": {"norm": "rms"}}}, ("norm", "'rms'", "joint")),
+        ({"pattern": ["lightning"], "mixers": {"lightning": {"gate": "tanh"}}}, ("gate", "'tanh'", "linear")),
+        ({"pattern": ["lightning"], "mixers": {"lightning": {"lrpe": "last"}}}, ("lrpe", "'last'", "first")),
+        ({"pattern": ["lightning"], "mixers": {"lightning": {"scale": 0.0}}}, ("lightning.scale", "0.0")),
+        ({"pattern": ["retention"], "mixers": {"retention": {"head_width": 3}}}, ("retention.head_width", "3", "even")),
+        ({"pattern": ["retention"], "mixers": {"retention": {"value_width": 1}}}, ("retention.value_width", "1")),
+        ({"pattern": ["gla"], "mixers": {"gla": {"heads": 32}}}, ("gla.heads", "32", "key_width")),
+        ({"pattern": ["gla"], "mixers": {"gla": {"key_width": 0}}}, ("gla.key_width", "0")),
+        ({"pattern": ["gla"], "mixers": {"gla": {"gate_rank": 0}}}, ("gla.gate_rank", "0")),
+        ({"pattern": ["gla"], "mixers": {"gla": {"gate_temperature": -1.0}}}, ("gla.gate_temperature", "-1.0")),
     ],
 )
 def test_bad_layers_are_refused_by_key(config: dict, parts: tuple[str, ...]) -> None:
