@@ -13,6 +13,7 @@ from longtrain.parallel.communication import count_messages
 from longtrain.parallel.conv1d import sequence_parallel_conv1d
 from longtrain.parallel.layouts import BlockCyclic, Contiguous, Layout, Zigzag, layout_named, layout_names
 from longtrain.parallel.linear import (
+    explain_linear_attention,
     sequence_parallel_delta_rule,
     sequence_parallel_linear_attention,
     sequence_parallel_slot_attention,
@@ -32,6 +33,7 @@ __all__ = [
     "build_mesh",
     "count_messages",
     "explain_attention",
+    "explain_linear_attention",
     "layout_named",
     "layout_names",
     "sequence_parallel_attention",

@@ -198,21 +198,25 @@ def all_to_all_parts(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequen
     The rows for rank 0 come first, then those for rank 1 and so on; likewise in the result. send_sizes[r] here must be
     receive_sizes[this rank] on rank r. Sizes may be zero. The result is new, except in a group of one, where it is x.
     """
+    return start_all_to_all_parts(x, send_sizes, receive_sizes, group).wait()
+
+
+def start_all_to_all_parts(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Handle:
+    """`all_to_all_parts`, begun: `wait()` gives its result. Do not write to x before."""
     rank, world = rank_and_size(group)
     _check_rows(x, sum(send_sizes), "sum(send_sizes)")
     if world == 1:
-        return x
+        return _Done(x)
     row = _bytes_per_row(x)
     result = x.new_empty((sum(receive_sizes), *x.shape[1:]))
     if row == 0:
-        return result
+        return _Done(result)
     transport = _Transport(group, x.device)
     send, receive = transport.outgoing(x), transport.incoming(result)
     send_bytes, receive_bytes = [size * row for size in send_sizes], [size * row for size in receive_sizes]
-    dist.all_to_all_single(receive, send, receive_bytes, send_bytes, group=group)
-    transport.deliver(receive, result)
+    work = dist.all_to_all_single(receive, send, receive_bytes, send_bytes, group=group, async_op=True)
     _record("all_to_all", sum(send_bytes) - send_bytes[rank], sum(receive_bytes) - receive_bytes[rank])
-    return result
+    return _Pending(work, transport, receive, result, keep=send)
 
 
 def all_gather_stacked(x: Tensor, group: Group) -> Handle:
@@ -232,7 +236,6 @@ def all_gather_stacked(x: Tensor, group: Group) -> Handle:
     # torch 2.13 calls it all_gather_single and warns of the name that torch 2.11 has.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work = gather(receive, send, group=group, async_op=True)
-    assert work is not None  # None is for processes outside the group, which rank_and_size would have told
     _record("all_gather", (world - 1) * send.numel(), (world - 1) * send.numel())
     return _Pending(work, transport, receive, result, keep=send)
 
@@ -335,8 +338,9 @@ class _Pending:
     """A handle on a collective under way; it keeps alive what the backend still reads."""
 
     def __init__(
-        self, work: dist.Work, transport: "_Transport", receive: Tensor, result: Tensor, *, keep: Tensor
+        self, work: dist.Work | None, transport: "_Transport", receive: Tensor, result: Tensor, *, keep: Tensor
     ) -> None:
+        assert work is not None  # None is for processes outside the group, which rank_and_size would have told
         self._work, self._transport, self._receive, self._result, self._keep = work, transport, receive, result, keep
 
     def wait(self) -> Tensor:

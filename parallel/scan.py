@@ -10,8 +10,10 @@ Letters: R slots per rank (the most runs that any rank holds, so that all ranks'
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -47,6 +49,7 @@ class ScanPlan:
     """
 
     rank: int
+    world: int
     runs: tuple[Run, ...]
     slots: int
     offsets: np.ndarray
@@ -60,8 +63,24 @@ class ScanPlan:
 
     @property
     def starts(self) -> bool:
-        """Whether this rank holds the first token; where there is none, rank 0 stands for it."""
-        return self.rank == (self.runs[0].rank if self.runs else 0)
+        """Whether this rank holds the first token."""
+        return bool(self.runs) and self.runs[0].rank == self.rank
+
+    @cached_property
+    def continuing(self) -> tuple[tuple[int, ...], ...]:
+        """By rank, the slots of the runs that go on with the document of the run before, in position order."""
+        return self._slots([run for run in self.runs if run.continues])
+
+    @cached_property
+    def continued(self) -> tuple[tuple[int, ...], ...]:
+        """By rank, the slots of the runs whose document goes on in the run behind, in position order."""
+        return self._slots([run for run, after in pairwise(self.runs) if after.continues])
+
+    def _slots(self, runs: Sequence[Run]) -> tuple[tuple[int, ...], ...]:
+        slots: list[list[int]] = [[] for _ in range(self.world)]
+        for run in runs:
+            slots[run.rank].append(run.slot)
+        return tuple(map(tuple, slots))
 
     def entered(self, *, initial: bool) -> tuple[bool, ...]:
         """By slot, whether a state enters this rank's run. initial: whether one enters the sequence."""
@@ -108,6 +127,7 @@ def _plan(shard: SequenceShard) -> ScanPlan:
         last.append(len(offsets) - 2)
     return ScanPlan(
         rank=shard.rank,
+        world=shard.world,
         runs=tuple(sorted(runs, key=lambda run: run.start)),
         slots=max(map(len, held)),
         offsets=np.array(offsets if first else [0, 0], dtype=np.int64),

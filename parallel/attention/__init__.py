@@ -10,7 +10,7 @@ one rank runs the same code without a message.
     strategies    what each strategy does, in terms of
     ring          keys travel point to point; plan, needs: what is sent to whom in which step
     gather        keys are gathered, some heads at a time
-    ulysses       tokens are exchanged for heads
+    ..heads       tokens are exchanged for heads (one folder up)
 
 Letters: B batch, T_w tokens on this rank, S_w keys on this rank, H query heads, G key/value heads, K query/key width,
 V value width, W ranks. The state dtype is float32 (float64 for float64 inputs).

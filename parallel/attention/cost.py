@@ -21,7 +21,7 @@ from torch import Tensor
 from longtrain.kernels import checks
 from longtrain.kernels.intervals import visible_keys
 from longtrain.parallel.attention.call import Window
-from longtrain.parallel.attention.ulysses import key_heads
+from longtrain.parallel.heads import key_heads
 from longtrain.parallel.layouts import positions_in_runs
 from longtrain.parallel.shard import SequenceShard
 

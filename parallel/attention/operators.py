@@ -17,8 +17,8 @@ from longtrain.parallel.attention.call import AttentionCall
 from longtrain.parallel.attention.choice import check_strategy, choose
 from longtrain.parallel.attention.cost import Heads
 from longtrain.parallel.attention.strategies import attention_backward_over_ranks, attention_forward_over_ranks
-from longtrain.parallel.attention.ulysses import HeadExchange
 from longtrain.parallel.communication import accumulation_dtype, same_group
+from longtrain.parallel.heads import HeadExchange
 from longtrain.parallel.shard import SequenceShard, shard_of
 
 NAME = "longtrain::sequence_parallel_attention"
@@ -172,7 +172,7 @@ def _held_shapes(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *, wide: 
         return []
     held: list[Tensor] = []
     if call.degree > 1:
-        exchange = HeadExchange(call, heads=q.shape[2], groups=k.shape[2])
+        exchange = HeadExchange(call.shard, call.key_shard, degree=call.degree, heads=q.shape[2], groups=k.shape[2])
         queries, keys = exchange.tokens
         heads, groups = exchange.shares
         q = q.new_empty((q.shape[0], queries, heads, q.shape[3]))

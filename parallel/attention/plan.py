@@ -17,7 +17,7 @@ import numpy as np
 from longtrain.kernels.intervals import KeyIntervals
 from longtrain.parallel.attention.call import Window
 from longtrain.parallel.attention.needs import NOTHING, Needs, Part
-from longtrain.parallel.layouts import Merged
+from longtrain.parallel.heads import teams
 from longtrain.parallel.shard import SequenceShard
 
 
@@ -120,20 +120,6 @@ def gather_plan(
         tuple(shard.intervals(rank, key_shard=keys, causal=causal, window=window) for rank in ranks),
         tuple(needs.part(shard.rank, rank) for rank in ranks),
         tuple(needs.part(rank, shard.rank) for rank in ranks),
-    )
-
-
-def teams(shard: SequenceShard, degree: int) -> SequenceShard:
-    """The shard as `degree` neighbouring ranks at a time hold it together, pretended; itself for degree 1."""
-    if degree == 1:
-        return shard
-    return SequenceShard.pretend(
-        shard.length,
-        rank=shard.rank // degree,
-        world=shard.world // degree,
-        layout=Merged(shard.layout, degree),
-        cu_seqlens=shard.cu_seqlens,
-        rows=shard.grid.outer_size,
     )
 
 

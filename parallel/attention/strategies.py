@@ -12,8 +12,8 @@ from torch import Tensor
 from longtrain.kernels.precision import without_autocast
 from longtrain.parallel.attention import gather, ring
 from longtrain.parallel.attention.call import AttentionCall
-from longtrain.parallel.attention.ulysses import HeadExchange
 from longtrain.parallel.communication import accumulation_dtype
+from longtrain.parallel.heads import HeadExchange
 
 
 def attention_forward_over_ranks(
@@ -32,7 +32,7 @@ def attention_forward_over_ranks(
         if call.degree == 1:
             out, lse, last = ring.forward(q, k, v, call)
             return out.to(dtype), lse, last if keep else []
-        exchange = HeadExchange(call, heads=q.shape[2], groups=k.shape[2])
+        exchange = HeadExchange(call.shard, call.key_shard, degree=call.degree, heads=q.shape[2], groups=k.shape[2])
         by_heads = exchange.to_heads([q], [k, v])
         out, lse, last = ring.forward(by_heads[0], by_heads[1], by_heads[2], call)
         out = out.to(dtype)
@@ -60,7 +60,7 @@ def attention_backward_over_ranks(
         state, dtypes, groups = accumulation_dtype(q.dtype), (q.dtype, k.dtype, v.dtype), k.shape[2]
         exchange = None
         if call.degree > 1:
-            exchange = HeadExchange(call, heads=q.shape[2], groups=groups)
+            exchange = HeadExchange(call.shard, call.key_shard, degree=call.degree, heads=q.shape[2], groups=groups)
             # Another rank's loss may use lse where this one's does not: all send the same.
             gradients = [dout, torch.zeros_like(lse) if dlse is None else dlse]
             if held:

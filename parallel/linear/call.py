@@ -25,4 +25,4 @@ class ScanCall:
     @property
     def exchanges(self) -> bool:
         """Whether anybody needs a state of another rank: not one rank alone, nor documents that end where ranks end."""
-        return self.shard.world > 1 and (self.plan.crosses or self.return_state)
+        return self.shard.world > 1 and (self.plan.crosses or (self.return_state and bool(self.plan.runs)))

@@ -16,7 +16,7 @@ from longtrain.parallel.linear.mixers import (
 )
 from longtrain.parallel.shard import SequenceShard
 
-STRATEGIES = ("auto", "allgather")
+STRATEGIES = ("auto", "allgather", "alltoall", "chain", "ulysses")
 """What these functions take as their strategy."""
 
 
@@ -47,7 +47,10 @@ def sequence_parallel_linear_attention(
         scale: multiplies q; None means ``K ** -0.5``.
         initial_state: ``[B, H, K, V]``, the same on every rank: the state before the sequence's first token.
         return_state: also return the state after the last token.
-        strategy: ``"allgather"``, which is also what ``"auto"`` means.
+        strategy: how what a rank's runs sum up to travels. ``"allgather"``: to all ranks in one message;
+            ``"alltoall"``: to ranks that scan some heads each, and back, bytes that do not grow with W; ``"chain"``:
+            from run to run; ``"ulysses"``: ranks exchange tokens for heads instead, W must divide H. ``"auto"``: what
+            the cost model finds cheapest (``explain_linear_attention``).
         backend: which kernels compute a rank's own tokens, as in ``linear_attention``.
 
     Returns:
@@ -194,7 +197,7 @@ def _run(
         initial,
         shard=shard.handle,
         scale=tensors[0].shape[3] ** -0.5 if factor is None else factor,
-        strategy="allgather" if strategy == "auto" else strategy,
+        strategy=strategy,
         backend=backend,
         return_state=return_state,
         initial_gradient=initial is not None and initial.requires_grad and torch.is_grad_enabled(),

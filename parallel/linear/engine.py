@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from longtrain.kernels.precision import without_autocast
-from longtrain.parallel.linear import allgather
+from longtrain.parallel.linear import allgather, alltoall, chain
 from longtrain.parallel.linear.call import ScanCall
 from longtrain.parallel.linear.mixers import Given, Tensors
 from longtrain.parallel.scan import ScanPlan
 
-EXCHANGES = {"allgather": allgather}
+EXCHANGES = {"allgather": allgather, "alltoall": alltoall, "chain": chain}
 """How summaries travel: modules with `states`, `gradients` and `kept_shape`."""
 
 
@@ -86,29 +86,25 @@ def scan_backward(
                 leaving[-1:] = [dfinal] * len(leaving[-1:])
                 after = _to_segments(plan, leaving, plan.last)
                 segments = run.finish(before, after, need_state=call.initial_gradient)
-                found = segments[:, plan.first[0]] if segments is not None and plan.first else dfinal
-            if call.initial_gradient and plan.starts and found is not None:
+                if plan.runs:  # without a token each rank's part passes through
+                    found = segments[:, plan.first[0]] if segments is not None and plan.starts else None
+                else:
+                    found = dfinal
+            if call.initial_gradient and found is not None:
                 dinitial.append((part, found))
     return run.gradients(), _joined(dinitial, call) if dinitial else None
 
 
-def saved_size(tensors: Tensors, call: ScanCall) -> int:
-    """The numbers in what the mixer saves for backward."""
-    return math.prod(call.mixer.saved_shape(tensors))
-
-
-def carried_size(call: ScanCall) -> int:
-    """The numbers in what forward carries over to backward."""
-    batch, heads, rows, columns = call.sizes.state
+def carried_sizes(tensors: Tensors, call: ScanCall) -> tuple[int, int]:
+    """The numbers in what forward saves and carries over to backward."""
     entered = sum(call.plan.entered(initial=call.initial))
     kept = math.prod(EXCHANGES[call.strategy].kept_shape(call)) if call.exchanges else 0
-    return entered * batch * heads * rows * columns + kept
+    return math.prod(call.mixer.saved_shape(tensors)), entered * math.prod(call.sizes.state) + kept
 
 
 def _unpacked(carried: Tensor, call: ScanCall) -> tuple[list[Tensor | None], Tensor]:
     """What entered each of this rank's runs, by slot, and the transitions that the exchange kept."""
-    batch, heads, rows, columns = call.sizes.state
-    size, entering, begin = batch * heads * rows * columns, [], 0
+    size, entering, begin = math.prod(call.sizes.state), [], 0
     for entered in call.plan.entered(initial=call.initial):
         entering.append(carried[begin : begin + size].view(call.sizes.state) if entered else None)
         begin += size * entered

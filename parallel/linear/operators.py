@@ -15,8 +15,9 @@ from torch import Tensor
 
 from longtrain import debug
 from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
-from longtrain.parallel.linear import engine
+from longtrain.parallel.linear import engine, ulysses
 from longtrain.parallel.linear.call import ScanCall
+from longtrain.parallel.linear.cost import choose, refusal
 from longtrain.parallel.linear.mixers import MIXERS, Mixer, Tensors
 from longtrain.parallel.scan import scan_plan
 from longtrain.parallel.shard import shard_of
@@ -25,17 +26,20 @@ _OPTIONS = "SymInt shard, float scale, str strategy, str backend, bool return_st
 _NAMES = [option.split()[1] for option in _OPTIONS.split(", ")]
 
 
-def _call(mixer: Mixer, tensors: Tensors, *, initial: bool, shard: int, **options: Any) -> ScanCall:
+def _call(mixer: Mixer, tensors: Tensors, *, initial: bool, shard: int, strategy: str, **options: Any) -> ScanCall:
     held = shard_of(shard)
-    return ScanCall(mixer, mixer.sizes(tensors), held, scan_plan(held), initial=initial, **options)
+    chosen = choose(strategy, mixer, tensors, held, return_state=options["return_state"])
+    return ScanCall(mixer, mixer.sizes(tensors), held, scan_plan(held), initial=initial, strategy=chosen, **options)
 
 
-def _check(tensors: Tensors, shard: int) -> None:
+def _check(tensors: Tensors, shard: int, strategy: str) -> None:
     """Refuse what does not fit the shard: what this rank can tell alone, before any message."""
     held = shard_of(shard)
     check_shard(held, batch=tensors[0].shape[0])
     check_tokens("q", tensors[0], held)
     scan_plan(held)
+    if (reason := refusal(strategy, tensors, held)) is not None:
+        raise ValueError(f"strategy: got {strategy!r} {reason}")
 
 
 def _check_values(log_decay: Tensor | None) -> None:
@@ -94,20 +98,22 @@ class _Pair:
 
     def _forward(self, *tensors: Any, gradients: bool, **options: Any) -> tuple[Tensor, ...]:
         *tokens, initial = tensors
-        _check(tokens, options["shard"])
+        _check(tokens, options["shard"], options["strategy"])
         _check_values(tokens[-1])
         call = _call(self._mixer, tokens, initial=initial is not None, **options)
         _agree(self._mixer, tokens, initial, gradients, options)
-        out, state, saved, carried = engine.scan_forward(tokens, initial, call)
+        forward = ulysses.forward if call.strategy == "ulysses" else engine.scan_forward
+        out, state, saved, carried = forward(tokens, initial, call)
         return out, carried.new_empty(0) if state is None else state, saved, carried
 
     def _forward_shapes(self, *tensors: Any, gradients: bool, **options: Any) -> tuple[Tensor, ...]:
         *tokens, initial = tensors
         q, v, sizes = tokens[0], tokens[2], self._mixer.sizes(tokens)
         if isinstance(options["shard"], int):
-            _check(tokens, options["shard"])
+            _check(tokens, options["shard"], options["strategy"])
             call = _call(self._mixer, tokens, initial=initial is not None, **options)
-            saved, carried = engine.saved_size(tokens, call), engine.carried_size(call)
+            sizes_of = ulysses.carried_sizes if call.strategy == "ulysses" else engine.carried_sizes
+            saved, carried = sizes_of(tokens, call)
         else:  # a compiler's symbol: any shard may come
             context = torch.library.get_ctx()
             saved, carried = context.new_dynamic_size(), context.new_dynamic_size()
@@ -126,7 +132,8 @@ class _Pair:
         **options: Any,
     ) -> tuple[Tensor, ...]:
         call = _call(self._mixer, tokens, **options)
-        found, dinitial = engine.scan_backward(tokens, saved, carried, dout, dstate, call, need_decay=need_decay)
+        backward = ulysses.backward if call.strategy == "ulysses" else engine.scan_backward
+        found, dinitial = backward(tokens, saved, carried, dout, dstate, call, need_decay=need_decay)
         if options["initial_gradient"] and dinitial is None:
             dinitial = carried.new_zeros(call.sizes.state)
         return tuple(carried.new_empty(0) if x is None else x for x in (*found, dinitial))

@@ -21,7 +21,7 @@ ROUNDED = GAPS + "test_bfloat16_loses_nothing_over_ranks"
 
 RING, GATHER = "parallel/attention/ring.py", "parallel/attention/gather.py"
 NEEDS, PLAN = "parallel/attention/needs.py", "parallel/attention/plan.py"
-ULYSSES, STEPS = "parallel/attention/ulysses.py", "parallel/attention/strategies.py"
+ULYSSES, STEPS = "parallel/heads.py", "parallel/attention/strategies.py"
 CALL, OPERATORS = "parallel/attention/__init__.py", "parallel/attention/operators.py"
 SAVING = "parallel/saving.py"
 BOUNDS, LAYOUT, RUNS = "parallel/bounds.py", "parallel/layouts.py", "parallel/layout_base.py"

@@ -29,6 +29,7 @@ OVER_RANKS = {
     "delta": sequence_parallel_delta_rule,
     "slot": sequence_parallel_slot_attention,
 }
+STRATEGIES = ("allgather", "alltoall", "chain", "ulysses")
 SHARDED = ("q", "k", "v", "beta", "slot", "out")  # with their gradients; and decays with a token dimension
 State = Any  # a tensor, or slot attention's pair
 

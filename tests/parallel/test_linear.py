@@ -1,6 +1,7 @@
 """The scan over ranks against a token-by-token float64 recurrence on whole tensors: states and gradients in and out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,15 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longtrain.parallel import SequenceShard
+from tests.cover import cover, pytest_generate_tests  # noqa: F401 (pytest finds the hook by its name)
 from tests.distributed import run_distributed
 from tests.parallel.comparing import squared_errors, world_group
 from tests.parallel.linear_cases import (
     BATCHED,
     CASES,
     PACKED,
+    STRATEGIES,
     Case,
     local_parts,
     over_ranks,
+    recurrence,
     relative_errors,
     run,
     truths,
@@ -24,30 +28,94 @@ from tests.parallel.linear_cases import (
     with_gradients,
 )
 
+Truth = dict[str, Tensor]
 
-def _check_cases(rank: int, world: int, cases: tuple[Case, ...], truth_of: list[dict[str, Tensor]]) -> None:
+
+def _check_cases(rank: int, world: int, cases: tuple[Case, ...], truth_of: list[Truth]) -> None:
     for case, truth in zip(cases, truth_of, strict=True):
-        errors = relative_errors(case, over_ranks(case, torch.float64, world_group()), truth, world_group())
-        assert set(errors) == set(truth)
-        for name, error in errors.items():
-            assert error <= 1e-10, f"{name} is off by {error:.1e} on rank {rank} of {world} in {case}"
+        _check(case, truth)
+
+
+def _check(case: Case, truth: Truth, alone: Truth | None = None) -> None:
+    """Compare with float64 truth; in float32 (alone: what it comes to on one device) with what one device loses."""
+    group, dtype = world_group(), torch.float64 if alone is None else torch.float32
+    errors = relative_errors(case, over_ranks(case, dtype, group), truth, group)
+    lost = dict.fromkeys(errors, 0.0)
+    if alone is not None:
+        shard = SequenceShard(case.tokens, group, case.layout, case.documents)
+        lost = relative_errors(case, local_parts(alone, shard), truth, group)
+    assert set(errors) == set(truth)
+    for name, error in errors.items():
+        budget = 1e-10 if alone is None else max(4 * lost[name], 5e-6)
+        where = f"on rank {dist.get_rank(group)} of {dist.get_world_size(group)} in {case}"
+        assert error <= budget, f"{name}: {error:.1e} > {budget:.1e} {where}"
+
+
+def _possible(strategy: str, case: Case, world: int) -> bool:
+    return strategy != "ulysses" or case.heads % world == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_equals_the_recurrence(world: int) -> None:
-    run_distributed(world, _check_cases, CASES, truths(CASES))
+    cases = []
+    for number, case in enumerate(CASES):
+        strategy = STRATEGIES[(number + world) % len(STRATEGIES)]
+        cases.append(replace(case, strategy=strategy if _possible(strategy, case, world) else "auto"))
+    run_distributed(world, _check_cases, tuple(cases), truths(CASES))
+
+
+DOCUMENTS = {37: [None, (0, 5, 12, 20, 29, 37), (0, 0, 9, 18, 18, 37)], 5: [None, (0, 2, 5)], 2: [None, (0, 1, 2)]}
+
+
+def _fits(choice: dict[str, Any]) -> bool:
+    mixer, decay = choice["mixer"], choice["decay"]
+    return (
+        choice["documents"] in DOCUMENTS[choice["tokens"]]
+        and not (choice["documents"] and choice["batch"] > 1)
+        and not (mixer == "slot" and decay != "token")
+        and not (mixer == "delta" and decay == "head")
+        and (choice["strategy"] != "ulysses" or choice["heads"] % choice["world"] == 0)
+        and choice["heads"] % choice["groups"] == 0
+    )
+
+
+@cover(
+    {
+        "world": [1, 2, 3, 4],
+        "strategy": STRATEGIES,
+        "mixer": ["linear", "delta", "slot"],
+        "layout": ["contiguous", "zigzag"],
+        "documents": list({documents: None for of_length in DOCUMENTS.values() for documents in of_length}),
+        "tokens": [37, 5, 2],
+        "decay": ["token", "channel", "head", None],
+        "ends": ["", "initial", "state", "initial and state"],
+        "heads": [4, 3, 6],
+        "groups": [1, 2, 3],
+        "batch": [1, 2],
+        "dtype": [torch.float64, torch.float32],
+        "strength": [0.02, 1.0],
+    },
+    _fits,
+)
+def test_every_strategy_is_the_recurrence(case: dict[str, Any]) -> None:
+    choice = dict(case)
+    world, dtype, ends = choice.pop("world"), choice.pop("dtype"), choice.pop("ends")
+    wanted = Case(**choice, initial="initial" in ends, state="state" in ends)
+    truth, alone = recurrence(wanted, torch.float64), None
+    if dtype == torch.float32:
+        alone = recurrence(wanted, dtype)
+    run_distributed(world, _check_one, wanted, truth, alone)
+
+
+def _check_one(rank: int, world: int, case: Case, truth: Truth, alone: Truth | None) -> None:
+    _check(case, truth, alone)
 
 
 def _check_float32(
-    rank: int, world: int, cases: tuple[Case, ...], truth_of: list[dict[str, Tensor]], alone_of: list[dict[str, Tensor]]
+    rank: int, world: int, cases: tuple[Case, ...], truth_of: list[Truth], alone_of: list[Truth]
 ) -> None:
     for case, truth, alone in zip(cases, truth_of, alone_of, strict=True):
-        shard = SequenceShard(case.tokens, world_group(), case.layout, case.documents)
-        lost = relative_errors(case, local_parts(alone, shard), truth, world_group())
-        errors = relative_errors(case, over_ranks(case, torch.float32, world_group()), truth, world_group())
-        for name, error in errors.items():
-            budget = max(4 * lost[name], 5e-6)
-            assert error <= budget, f"{name}: {error:.1e} > {budget:.1e} on rank {rank} of {world} in {case}"
+        _check(case, truth, alone)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -68,7 +136,8 @@ def _check_groups(rank: int, world: int, cases: tuple[Case, ...], truth_of: list
 
 
 def test_any_subset_of_the_ranks_is_a_group() -> None:
-    cases = (BATCHED, PACKED)
+    cases = (BATCHED, PACKED, *(replace(PACKED, strategy=strategy) for strategy in STRATEGIES))
+    cases += tuple(replace(PACKED, mixer="slot", strategy=strategy) for strategy in ("alltoall", "chain"))
     run_distributed(4, _check_groups, cases, truths(cases))
 
 

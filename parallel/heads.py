@@ -1,12 +1,12 @@
 """Ulysses: ranks exchange tokens for heads, so that each works on all tokens of its team and a share of the heads.
 
-A team is `degree` neighbouring ranks. Before attention each member sends every other one its tokens' q, k and v of that
-one's heads, and afterwards gets its tokens' out and lse of all heads back (Jacobs et al. 2023, "DeepSpeed Ulysses").
+A team is `degree` neighbouring ranks. Before a mixer each member sends every other one its tokens' q, k and v of that
+one's heads, and afterwards gets its tokens' results of all heads back (Jacobs et al. 2023, "DeepSpeed Ulysses").
 With a ring over the teams this is the mesh of Fang & Zhao 2024, "USP: A Unified Sequence Parallelism Approach";
 with one team it is Ulysses alone. Where the team has more members than there are key heads, members get copies, and
 their gradients are summed in the order of the members.
 
-Letters as in `longtrain.parallel.attention`; P the degree, n the tokens of the team.
+Letters: B batch, T_w tokens on this rank, H query heads, G key heads, W ranks, P the degree, n the team's tokens.
 """
 
 import math
@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtrain.parallel.attention.call import AttentionCall, Window
-from longtrain.parallel.attention.plan import teams
 from longtrain.parallel.communication import Exchange
-from longtrain.parallel.layouts import positions_in_runs
+from longtrain.parallel.layouts import Merged, positions_in_runs
 from longtrain.parallel.moves import HostIndex
 from longtrain.parallel.shard import SequenceShard
 
@@ -44,10 +42,28 @@ class TeamPlan:
     keys: TeamTokens
 
 
-def team_plan(shard: SequenceShard, key_shard: SequenceShard, *, causal: bool, window: Window, degree: int) -> TeamPlan:
-    """The team that this rank is in; the mask does not matter."""
-    queries = _tokens(shard, degree)
-    return TeamPlan(queries, queries if key_shard is shard else _tokens(key_shard, degree))
+def teams(shard: SequenceShard, degree: int) -> SequenceShard:
+    """The shard as `degree` neighbouring ranks at a time hold it together, pretended; itself for degree 1."""
+    if degree == 1:
+        return shard
+    return SequenceShard.pretend(
+        shard.length,
+        rank=shard.rank // degree,
+        world=shard.world // degree,
+        layout=Merged(shard.layout, degree),
+        cu_seqlens=shard.cu_seqlens,
+        rows=shard.grid.outer_size,
+    )
+
+
+def team_plan(shard: SequenceShard, key_shard: SequenceShard, *, degree: int) -> TeamPlan:
+    """The team that this rank is in; kept on the shard."""
+    kept = shard.plans.setdefault(key_shard, {})
+    key = ("team", degree)
+    if key not in kept:
+        queries = _tokens(shard, degree)
+        kept[key] = TeamPlan(queries, queries if key_shard is shard else _tokens(key_shard, degree))
+    return kept[key]
 
 
 def _tokens(shard: SequenceShard, degree: int) -> TeamTokens:
@@ -68,19 +84,17 @@ def key_heads(member: int, *, heads: int, groups: int, degree: int) -> list[int]
 
 
 class HeadExchange:
-    """The exchanges of one call between the members of this rank's team."""
+    """The exchanges of one call between the members of this rank's team, among H query heads and G key heads."""
 
-    def __init__(self, call: AttentionCall, *, heads: int, groups: int) -> None:
-        self._plan: TeamPlan = call.planned(team_plan)
-        self._degree, self._group = call.degree, call.shard.grid.inner
-        place = call.shard.rank % call.shard.grid.inner_size
-        self._member = place % call.degree
+    def __init__(self, shard: SequenceShard, key_shard: SequenceShard, *, degree: int, heads: int, groups: int) -> None:
+        self._plan = team_plan(shard, key_shard, degree=degree)
+        self._degree, self._group = degree, shard.grid.inner
+        place = shard.rank % shard.grid.inner_size
+        self._member = place % degree
         self._first = place - self._member
-        own = heads // call.degree
-        self.query_heads = [list(range(member * own, (member + 1) * own)) for member in range(call.degree)]
-        self.key_heads = [
-            key_heads(member, heads=heads, groups=groups, degree=call.degree) for member in range(call.degree)
-        ]
+        own = heads // degree
+        self.query_heads = [list(range(member * own, (member + 1) * own)) for member in range(degree)]
+        self.key_heads = [key_heads(member, heads=heads, groups=groups, degree=degree) for member in range(degree)]
 
     @property
     def tokens(self) -> tuple[int, int]:
