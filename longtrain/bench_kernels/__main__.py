@@ -3,6 +3,7 @@
 import argparse
 import gc
 import sys
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -53,11 +54,16 @@ def measure(
                 parts[name](Bench(report, repeats, shrink))
             except Disagreement as wrong:
                 failed = True
+                report.notes.append(f"{wrong}: no comparison")
                 print(f"longtrain: {wrong}: no comparison", file=sys.stderr, flush=True)
+            except Exception as error:  # the parts after it are worth having
+                failed = True
+                report.notes.append(f"{name} ended with {type(error).__name__}: {error}")
+                traceback.print_exc()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    if write is not None and not failed:
+    if write is not None and report.rows:
         report.write(write)
     return int(failed)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ class Bar:
 NO_BAR = Bar()
 
 
+class Expected(NamedTuple):
+    """Seconds: what no implementation can go below, and what ours is designed to come down to."""
+
+    floor: float
+    design: float
+
+
 @dataclass
 class Comparison:
     """Sides of one case, ours first by convention. Ratios are of speed: the fastest of `rivals` over each of `ours`."""
@@ -41,7 +49,7 @@ class Comparison:
     case: str
     sides: dict[str, Side]
     ours: Mapping[str, Bar]
-    floors: Mapping[str, float] = field(default_factory=dict)  # seconds by direction
+    expected: Mapping[str, Expected] = field(default_factory=dict)  # by direction
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -68,9 +76,24 @@ class Bench:
     def tokens(self, length: int) -> int:
         return max(64, length // self.shrink)
 
-    def floors(self, works: Sequence[Work]) -> dict[str, float]:
-        """Seconds by direction on this card."""
-        return {} if self.card is None else {work.direction: work.floor(self.card) for work in works}
+    def expected(self, works: Sequence[Work]) -> dict[str, Expected]:
+        """What the roofline says of this card, forward, backward and both; nothing for an unknown card."""
+        card = self.card
+        if card is None:
+            return {}
+        found = {work.direction: Expected(work.floor(card), work.reachable(card)) for work in works}
+        return found | {"both": Expected(*map(sum, zip(*found.values(), strict=True)))}
+
+    def rival(self, name: str, make: Callable[[], Side]) -> dict[str, Side]:
+        """The side that `make` makes, if it runs here; otherwise none, and a note that says why."""
+        try:
+            side = make()
+            side.both()
+        except Exception as error:  # whatever it is: a rival that cannot run must not end the measurements of ours
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            self.report.note(f"{name}: {type(error).__name__}: {reason}: no comparison with it, no bar judged by it")
+            return {}
+        return {name: side}
 
     def on(self, card: str, bar: Bar) -> Bar:
         """A bar in seconds holds on the card that it was set for only."""
@@ -87,9 +110,9 @@ class Bench:
             true = Side(truth, wide, None if dout is None else wider((dout,))[0].detach()).both()
             this.errors[name] = check(f"{this.part}, {this.case}, {name}", short.both(), true, dtype=_dtype(side))
 
-    def agree(self, this: Comparison) -> None:
-        """See that at full size every side's results are those of the first."""
-        (first, one), *others = this.sides.items()
+    def agree(self, this: Comparison, *, also: Mapping[str, Side] | None = None) -> None:
+        """See that at full size every side's results are those of the first. also: sides that are not timed."""
+        (first, one), *others = (dict(this.sides) | dict(also or {})).items()
         true = one.both() if others else ()
         for name, side in others:
             error = check(f"{this.part}, {this.case}, {name} beside {first}", side.both(), true, dtype=_dtype(side))
@@ -113,7 +136,7 @@ class Bench:
             if name in this.ours:
                 ratio = None if fastest is None else fastest / measured.median
                 text, met = this.ours[name].of(ratio, measured.median)
-            floor = this.floors.get(direction)
+            expected = this.expected.get(direction)
             row = Row(
                 this.part,
                 this.case,
@@ -126,7 +149,8 @@ class Bench:
                 bar=text,
                 met=met,
                 error=this.errors.get(name),
-                floor=None if floor is None else floor * UNITS[unit],
+                floor=None if expected is None else expected.floor * UNITS[unit],
+                predicted=None if expected is None or name not in this.ours else expected.design * UNITS[unit],
             )
             self.report.add(row)
 

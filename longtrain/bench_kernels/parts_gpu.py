@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from longtrain.bench_kernels import rivals, roofline
 from longtrain.bench_kernels.bench import NO_BAR, Bar, Bench, Comparison, with_bars
 from longtrain.bench_kernels.parts_cpu import convolution
 from longtrain.bench_kernels.report import Row
-from longtrain.bench_kernels.sides import Side, leaves, random
+from longtrain.bench_kernels.sides import Side, check, leaves, random
 from longtrain.bench_kernels.timing import in_turn, peak_bytes
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
@@ -22,6 +23,7 @@ PACKED = 32_768
 LINEAR = 131_072
 GROWING = (8192, 65_536, 524_288, 1_048_576)  # tokens/s must stay the same
 CHECKED = 1024  # tokens whose results are compared with a wider dtype's
+LIVES = 16_384  # tokens after which the slowest of the fixed decays below has left 1e-7
 BFLOAT16 = torch.bfloat16
 
 
@@ -35,18 +37,19 @@ def softmax(bench: Bench) -> None:
         if bench.device.type == "cuda":
             sides["triton"], bars["triton"] = Side(_softmax("triton"), leaves(q, k, v), dout), Bar(least=0.85)
         others = _heads_second(q, k, v, dout)
-        found = rivals.usable_sdpa(*others[:3])
+        found: dict[str, rivals.Operator] = {name: rivals.sdpa(backend) for name, backend in rivals.SDPA.items()}
         if bench.device.type == "cuda":
             found["FlexAttention"] = rivals.Flex(tokens, bench.device)
-        sides |= {name: Side(_heads_first(operator), leaves(q, k, v), dout) for name, operator in found.items()}
+        for name, operator in found.items():
+            sides |= bench.rival(name, partial(Side, _heads_first(operator), leaves(q, k, v), dout))
         case = f"causal, B 1, T {tokens}, H {HEADS}, G {GROUPS}, K {WIDTH}, bf16"
-        floors = bench.floors(roofline.softmax(roofline.causal(tokens), "causal", **_SHAPE))
-        this = Comparison("softmax", case, sides, bars, floors)
+        expected = bench.expected(roofline.softmax(roofline.causal(tokens), "causal", **_SHAPE))
+        this = Comparison("softmax", case, sides, bars, expected)
         bench.check(this, _softmax("reference"), tokens=CHECKED)
         bench.agree(this)
         # Rivals are timed in the order of dimensions that they like best.
-        for name, operator in found.items():
-            sides[name] = Side(operator, leaves(*others[:3]), others[3])
+        for name in found.keys() & sides.keys():
+            sides[name] = Side(found[name], leaves(*others[:3]), others[3])
         bench.time(this, directions=["forward", "backward"], repeats=min(bench.repeats, 3 if length > PACKED else 9))
 
 
@@ -64,20 +67,18 @@ def packed(bench: Bench) -> None:
     for kind, (mine, theirs) in kinds.items():
         q, k, v, dout = _attention_inputs(bench, tokens)
         sides = {"auto": Side(_softmax("auto", **mine), leaves(q, k, v), dout)}
+        flex = rivals.Flex(tokens, bench.device, masks_each_time=True, **theirs)
         if bench.device.type == "cuda":
-            flex = rivals.Flex(tokens, bench.device, masks_each_time=True, **theirs)
-            sides["FlexAttention"] = Side(_heads_first(flex), leaves(q, k, v), dout)
+            sides |= bench.rival("FlexAttention", partial(Side, _heads_first(flex), leaves(q, k, v), dout))
         case = f"{kind}, B 1, T {tokens}, H {HEADS}, G {GROUPS}, K {WIDTH}, bf16"
         intervals = (
             roofline.causal(tokens, documents=lengths)
             if "cu_seqlens" in mine
             else roofline.causal(tokens, window=window)
         )
-        floors = bench.floors(roofline.softmax(intervals, kind, **_SHAPE))
-        floors["both"] = sum(floors.values())
-        this = Comparison("packed", case, sides, {"auto": Bar(least=1.5)}, floors if bench.card else {})
-        others = {"torch path": Side(_softmax("torch", **mine), leaves(q, k, v), dout)}
-        bench.agree(replace(this, sides=sides | others))
+        expected = bench.expected(roofline.softmax(intervals, kind, **_SHAPE))
+        this = Comparison("packed", case, sides, {"auto": Bar(least=1.5)}, expected)
+        bench.agree(this, also={"torch path": Side(_softmax("torch", **mine), leaves(q, k, v), dout)})
         if "FlexAttention" in sides:
             others = _heads_second(q, k, v, dout)
             sides["FlexAttention"] = Side(flex, leaves(*others[:3]), others[3])
@@ -95,17 +96,24 @@ def ring_step(bench: Bench) -> None:
     intervals = roofline.causal(tokens)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     plain, running = torch.empty_like(q), torch.zeros_like(q, dtype=torch.float32)
+    lse_of_plain = torch.empty_like(lse)
 
-    def step(out: Tensor, *, accumulate: bool) -> Callable[[], object]:
+    def step(out: Tensor, lse: Tensor, *, accumulate: bool) -> Callable[[], object]:
         options = {"scale": WIDTH**-0.5, "softcap": None, "accumulate": accumulate}
         return lambda: triton_impl.forward(q, k, v, intervals, out=out, lse=lse, **options)
 
-    times = in_turn(
-        {"accumulating": step(running, accumulate=True), "plain kernel": step(plain, accumulate=False)},
-        bench.device,
-        repeats=2 * bench.repeats,
-    )
+    calls = {
+        "accumulating": step(running, lse, accumulate=True),
+        "plain kernel": step(plain, lse_of_plain, accumulate=False),
+    }
     this = Comparison("ring step", f"causal, T {tokens}, H {HEADS}, G {GROUPS}, K {WIDTH}, bf16", {}, {})
+    for call in calls.values():
+        call()
+    # From nothing a step comes to the plain result; the same keys again leave out as it is and double the sums.
+    results = running.to(plain.dtype), lse
+    error = check(f"ring step, {this.case}", results, (plain, lse_of_plain), dtype=plain.dtype)
+    this.errors["accumulating"] = error
+    times = in_turn(calls, bench.device, repeats=2 * bench.repeats)
     this.ours = {"accumulating": Bar(least=0.97)}
     bench.rows(this, times, "forward")
 
@@ -135,13 +143,13 @@ def _linear_case(
 ) -> None:
     tokens = dout.shape[1]
     sides = {"longtrain": Side(_linear, inputs, dout)}
-    if rivals.fla_version():
-        sides[f"fla {rivals.fla_version()}"] = Side(rival, inputs, dout)
+    sides |= bench.rival(rivals.fla_name(), partial(Side, rival, inputs, dout))
     shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "key_width": WIDTH, "value_width": WIDTH}
     case = f"{name}, B 1, T {tokens}, H {HEADS}, K {WIDTH}, bf16"
-    this = Comparison("linear", case, sides, {"longtrain": bar}, bench.floors(roofline.linear(**shape, decay=decay)))
+    expected = bench.expected(roofline.linear(**shape, decay=decay))
+    this = Comparison("linear", case, sides, {"longtrain": bar}, expected)
     bench.check(this, _linear_torch, tokens=CHECKED)
-    bench.agree(this)
+    bench.agree(this, also={"torch path": Side(_linear_torch, inputs, dout)})
     for direction in ("forward", "backward"):
         bench.time(this, directions=[direction])
         if (limit := in_seconds.get(direction, NO_BAR)) != NO_BAR:
@@ -157,9 +165,12 @@ def lengths(bench: Bench) -> None:
         tokens = bench.tokens(length)
         q, k, v = (random(1, tokens, HEADS, WIDTH, dtype=BFLOAT16, device=bench.device, seed=n) for n in range(3))
         side = Side(_linear, (q, k, v, decay))
-        if not side.forward().isfinite().all():
-            bench.report.note(f"linear attention at T {tokens}: the output is not finite, nothing was timed")
-            return
+        # What came more than LIVES tokens before has been forgotten: so the end of any sequence is that of a short one.
+        end, lives = side.forward()[:, -CHECKED:], bench.tokens(LIVES)
+        last = slice(-lives - CHECKED, None)
+        alone = _linear(q[:, last], k[:, last], v[:, last], decay)[:, -CHECKED:]
+        check(f"lengths, T {tokens}", (end,), (alone,), dtype=BFLOAT16)
+        del end, alone
         times = in_turn({"longtrain": side.forward}, bench.device, repeats=bench.repeats)
         rates[tokens] = tokens / times["longtrain"].median
         del q, k, v, side
@@ -182,14 +193,13 @@ def delta(bench: Bench) -> None:
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     inputs = leaves(q, k, v, beta, decay)
     sides = {"longtrain": Side(_delta, inputs, dout)}
-    if rivals.fla_version():
-        sides[f"fla {rivals.fla_version()}"] = Side(rivals.fla_delta, inputs, dout)
+    sides |= bench.rival(rivals.fla_name(), partial(Side, rivals.fla_delta, inputs, dout))
     shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "key_width": WIDTH, "value_width": WIDTH}
     case = f"gated, B 1, T {tokens}, H {HEADS}, K {WIDTH}, bf16"
-    floors = bench.floors(roofline.delta_rule(**shape))
-    this = Comparison("delta", case, sides, {"longtrain": Bar(least=1.3)}, floors)
+    expected = bench.expected(roofline.delta_rule(**shape))
+    this = Comparison("delta", case, sides, {"longtrain": Bar(least=1.3)}, expected)
     bench.check(this, _delta_torch, tokens=CHECKED)
-    bench.agree(this)
+    bench.agree(this, also={"torch path": Side(_delta_torch, inputs, dout)})
     bench.time(this, directions=["forward", "backward"])
 
 
@@ -202,8 +212,9 @@ def slots(bench: Bench) -> None:
     case = f"B 1, T {tokens}, H {HEADS}, K {WIDTH}, M {count}, bf16"
     works = roofline.slot_attention(batch=1, tokens=tokens, heads=HEADS, width=WIDTH, slots=count)
     sides = {"longtrain": Side(_slots("auto"), inputs, dout)}
-    this = Comparison("slots", case, sides, {"longtrain": NO_BAR}, bench.floors(works))
+    this = Comparison("slots", case, sides, {"longtrain": NO_BAR}, bench.expected(works))
     bench.check(this, _slots("torch"), tokens=CHECKED)
+    bench.agree(this, also={"torch path": Side(_slots("torch"), inputs, dout)})
     bench.time(this, directions=["forward", "backward"])
 
 
@@ -218,8 +229,11 @@ def cross_entropy(bench: Bench) -> None:
     case = f"N {tokens}, D {width}, vocabulary {vocabulary}, bf16"
     some = slice(0, CHECKED)
     small = Side(_head(targets[some], "auto"), leaves(hidden[some], weight), dout[some])
-    this = Comparison("cross-entropy", case, {"longtrain": small}, {"longtrain": Bar(least=1 / 1.15)})
+    expected = bench.expected(roofline.cross_entropy(tokens=tokens, width=width, vocabulary=vocabulary))
+    this = Comparison("cross-entropy", case, {"longtrain": small}, {"longtrain": Bar(least=1 / 1.15)}, expected)
     bench.check(this, _head(targets[some], "reference"), tokens=CHECKED)
+    torch_path = Side(_head(targets, "torch"), leaves(hidden, weight), dout)
+    bench.agree(replace(this, sides={"longtrain": side}), also={"torch path": torch_path})
     # The rate of a product as large as a card likes, in this dtype; all four have as many operations.
     rows, columns = hidden[:8192], weight[:8192]
     out = torch.empty(rows.shape[0], columns.shape[0], dtype=BFLOAT16, device=bench.device)

@@ -33,6 +33,7 @@ class Row:
     met: bool | None = None
     error: float | None = None  # of the check that came before
     floor: float | None = None  # of the value, by the roofline
+    predicted: float | None = None  # what the design can come down to, by the roofline
 
 
 @dataclass
@@ -111,12 +112,14 @@ class Report:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    header = ["case", "side", "measured", "median", "ratio", "bar", "of the floor", "error"]
+    header = ["case", "side", "measured", "median", "predicted", "floor / median", "ratio", "bar", "error"]
     lines = []
     for row in rows:
         bar = f"{row.bar} {'met' if row.met else '**missed**'}" if row.bar else ""
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         floor = "" if row.floor is None else f"{row.floor / row.value:.2f}"
         error = "" if row.error is None else f"{row.error:.1e}"
-        lines.append([row.case, row.side, row.measured, f"{row.value:.4g} {row.unit}", ratio, bar, floor, error])
+        predicted = "" if row.predicted is None else f"{row.predicted:.4g} {row.unit}"
+        value = f"{row.value:.4g} {row.unit}"
+        lines.append([row.case, row.side, row.measured, value, predicted, floor, ratio, bar, error])
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])

@@ -1,6 +1,5 @@
 """Operators of others, for tokens [B, T, H, K] as longtrain takes them: PyTorch's attention, flash-linear-attention."""
 
-import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -23,18 +22,6 @@ def sdpa(backend: str) -> Operator:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
-
-
-def usable_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operator]:
-    """Those of PyTorch's kernels that take these tensors [B, H, T, K], and their gradients, here."""
-    found = {}
-    for name, backend in SDPA.items():
-        with contextlib.suppress(RuntimeError):  # "No available kernel"
-            small = [x.detach()[:, :, :256].requires_grad_() for x in (q, k, v)]
-            out = sdpa(backend)(*small)
-            torch.autograd.grad(out, small, torch.ones_like(out))
-            found[name] = sdpa(backend)
-    return found
 
 
 class Flex:
@@ -74,13 +61,12 @@ class Flex:
         return self._attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def fla_version() -> str | None:
-    """The version of flash-linear-attention, None where it cannot be imported."""
+def fla_name() -> str:
+    """flash-linear-attention with its version, where it is installed."""
     try:
-        importlib.import_module("fla.ops")
-        return importlib.metadata.version("flash-linear-attention")
-    except ImportError:
-        return None
+        return f"fla {importlib.metadata.version('flash-linear-attention')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "flash-linear-attention"
 
 
 def fla_head(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:

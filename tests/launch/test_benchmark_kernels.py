@@ -13,11 +13,11 @@ from torch import Tensor
 from longtrain import kernels
 from longtrain.bench_kernels import __main__ as worker
 from longtrain.bench_kernels import parts_cpu, parts_gpu, roofline
-from longtrain.bench_kernels.bench import Bench
-from longtrain.bench_kernels.report import Report
+from longtrain.bench_kernels.bench import Bar, Bench, Comparison, Expected
+from longtrain.bench_kernels.report import Report, Row
 from longtrain.bench_kernels.roofline import CARDS, Card, Step, Work
-from longtrain.bench_kernels.sides import Disagreement, check
-from longtrain.bench_kernels.timing import in_turn, peak_bytes
+from longtrain.bench_kernels.sides import Disagreement, Side, check
+from longtrain.bench_kernels.timing import Times, in_turn, peak_bytes
 from longtrain.cli import main
 from longtrain.kernels.linear_cross_entropy import torch_impl
 from longtrain.launch import benchmark_kernels
@@ -157,6 +157,44 @@ def test_what_is_wrong_is_not_timed(capsys, monkeypatch: pytest.MonkeyPatch, tmp
         check("this", [one * torch.nan], [one], dtype=torch.float32)
     with pytest.raises(Disagreement):
         check("this", [one, one], [one, one * 1.01], dtype=torch.float32)
+
+
+def test_a_rival_that_cannot_run_is_told(capsys):
+    bench = Bench(Report(CPU, "longtrain bench kernels", repeats=1), repeats=1)
+
+    def missing(x: Tensor) -> Tensor:
+        raise ModuleNotFoundError("No module named 'fla'")
+
+    x = torch.ones(3, requires_grad=True)
+    sides = bench.rival("fla", lambda: Side(missing, (x,), x.detach()))
+    sides |= bench.rival("mine", lambda: Side(torch.sin, (x,), x.detach()))
+    assert list(sides) == ["mine"]
+    (note,) = bench.report.notes
+    assert note == "fla: ModuleNotFoundError: No module named 'fla': no comparison with it, no bar judged by it"
+    assert note in capsys.readouterr().out
+
+
+def test_a_part_that_fails_leaves_the_others(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def broken(bench: Bench) -> None:
+        raise RuntimeError("out of memory")
+
+    def whole(bench: Bench) -> None:
+        bench.report.add(Row("whole", "case", "longtrain", "both", 1.0, "ms"))
+
+    monkeypatch.setattr(parts_cpu, "PARTS", {"broken": broken, "whole": whole})
+    assert worker.measure(CPU, None, 1, write=tmp_path) == 1
+    assert "out of memory" in capsys.readouterr().err
+    markdown = (tmp_path / "kernels_cpu.md").read_text()
+    assert "- broken ended with RuntimeError: out of memory" in markdown and "| case | longtrain | both |" in markdown
+
+
+def test_predictions_stand_beside_what_came_out():
+    bench = Bench(Report(CPU, "longtrain bench kernels", repeats=1), repeats=1)
+    this = Comparison("linear", "case", {}, {"longtrain": Bar()}, {"forward": Expected(1e-3, 3e-3)})
+    bench.rows(this, {"longtrain": Times((4e-3,)), "fla": Times((8e-3,))}, "forward")
+    ours, theirs = bench.report.rows
+    assert ours.floor == theirs.floor == 1.0 and ours.predicted == 3.0 and theirs.predicted is None
+    assert "| case | longtrain | forward | 4 ms | 3 ms | 0.25 | 2.00 |" in bench.report.markdown()
 
 
 def test_sides_take_turns():
