@@ -10,6 +10,8 @@ SCAN = "tests/parallel/test_linear.py::"
 RECURRENCE, FEWER = f"{SCAN}test_equals_the_recurrence[3]", f"{SCAN}test_equals_the_recurrence[2]"
 MIXERS, ENGINE = "parallel/linear/mixers.py", "parallel/linear/engine.py"
 RUNS, GATHER = "parallel/scan.py", "parallel/linear/allgather.py"
+SHARES, CHAIN = "parallel/linear/alltoall.py", "parallel/linear/chain.py"
+ULYSSES = "parallel/linear/ulysses.py"
 CONVOLVE, HALO = "parallel/conv1d.py", "parallel/halo.py"
 
 MUTATIONS = (
@@ -119,4 +121,48 @@ MUTATIONS = (
         (RECURRENCE,),
     ),
     Mutation("last-state-gradient-of-one-rank", GATHER, "received[:, -1].sum(0)", "received[0, -1]", (RECURRENCE,)),
+    # The exchanges of summaries.
+    Mutation(
+        "share-with-another-run-s-transition",
+        SHARES,
+        "carry(transitions[run.rank, run.slot], x)",
+        "carry(transitions[0, run.slot], x)",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "share-s-columns-from-the-start",
+        SHARES,
+        "begin = share.start - share.first * columns",
+        "begin = 0",
+        (RECURRENCE,),
+    ),
+    Mutation("share-of-one-rank-s-last-gradient", SHARES, "summaries[:, -1].sum(0)", "summaries[0, -1]", (RECURRENCE,)),
+    Mutation(
+        "chain-hands-on-its-own-state-only",
+        CHAIN,
+        "handed_on(run, state[run.slot], incoming, lambda run, x: carry(transition[run.slot], x))",
+        "state[run.slot]",
+        (RECURRENCE,),
+    ),
+    Mutation(
+        "chain-transition-not-transposed",
+        CHAIN,
+        "carry(kept[run.slot], x, backward=True)",
+        "carry(kept[run.slot], x)",
+        (RECURRENCE, FEWER),
+    ),
+    Mutation(
+        "decay-gradients-of-other-heads",
+        ULYSSES,
+        "gradients[-1][exchange.own_heads] = found[-1]",
+        "gradients[-1][: len(found[-1])] = found[-1]",
+        (FEWER,),
+    ),
+    Mutation(
+        "state-s-gradient-not-exchanged-for-heads",
+        ULYSSES,
+        "dstate = reduce_scatter_parts(dstate.transpose(0, 1), shares, call.shard.group).transpose(0, 1)",
+        "dstate = world * dstate[:, exchange.own_heads]",
+        (FEWER,),
+    ),
 )
