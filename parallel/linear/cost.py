@@ -6,7 +6,7 @@ With s the bytes of a state, t those of its transition, R runs on a rank and W r
 
     (W - 1) R (2 s + t)          in 1 message a scan with all-gather
     (W - 1) / W R (4 s + t)      in 2 with all-to-all
-    2 s for each run             one after the other along the chain
+    s for each run, twice        one after the other along the chain
     every token's numbers twice  with Ulysses
 
 All of it is counted as if nothing hid it: a rank's own work is the same in every strategy, and hides the first message
@@ -90,12 +90,12 @@ def estimates(
     scattered = share * (runs * (4 * state + transition) + 2 * final)
     # The longest way over runs that continue one another.
     hops = max(accumulate((run.continues for run in plan.runs), lambda way, on: (way + 1) * on, initial=0))
-    most = max(map(len, plan.continuing)) if plan.runs else 0
+    most = max(len(before) + len(after) for before, after in zip(plan.continuing, plan.continued, strict=True))
     chained = 2 * (hops * state + final)
     found = [
         estimate("allgather", 1 + parts, gathered, gathered),
         estimate("alltoall", 2 + 2 * parts, scattered, scattered),
-        estimate("chain", (hops + return_state) * (1 + parts), chained, 2 * (most * state + (world - 1) * final)),
+        estimate("chain", (hops + return_state) * (1 + parts), chained, most * state + (world - 1) * final),
     ]
     if refusal("ulysses", tensors, shard) is None:
         moved = share * _token_bytes(tensors, shard) + 2 * share * final

@@ -48,7 +48,8 @@ def scan_forward(
     saved = carried.new_empty(0) if saved is None else saved.flatten()
     if not call.return_state:
         return out, None, saved, carried
-    return out, carried.new_zeros(call.sizes.state) if final is None else final.clone(), saved, carried
+    state = carried.new_zeros(call.sizes.state) if final is None else final
+    return out, state.clone(memory_format=torch.contiguous_format), saved, carried
 
 
 def scan_backward(

@@ -72,7 +72,7 @@ class _Pair:
     """A mixer's two operators, registered when this is made."""
 
     def __init__(self, mixer: Mixer) -> None:
-        self._mixer = mixer
+        self.mixer = mixer
         inputs = ", ".join(f"Tensor{'?' * (name in mixer.optional)} {name}" for name in mixer.arguments)
         gradients = ", ".join(f"Tensor d{name}" for name in mixer.arguments)
         name = f"longtrain::sequence_parallel_{mixer.name}"
@@ -100,18 +100,18 @@ class _Pair:
         *tokens, initial = tensors
         _check(tokens, options["shard"], options["strategy"])
         _check_values(tokens[-1])
-        call = _call(self._mixer, tokens, initial=initial is not None, **options)
-        _agree(self._mixer, tokens, initial, gradients, options)
+        call = _call(self.mixer, tokens, initial=initial is not None, **options)
+        _agree(self.mixer, tokens, initial, gradients, options)
         forward = ulysses.forward if call.strategy == "ulysses" else engine.scan_forward
         out, state, saved, carried = forward(tokens, initial, call)
         return out, carried.new_empty(0) if state is None else state, saved, carried
 
     def _forward_shapes(self, *tensors: Any, gradients: bool, **options: Any) -> tuple[Tensor, ...]:
         *tokens, initial = tensors
-        q, v, sizes = tokens[0], tokens[2], self._mixer.sizes(tokens)
+        q, v, sizes = tokens[0], tokens[2], self.mixer.sizes(tokens)
         if isinstance(options["shard"], int):
             _check(tokens, options["shard"], options["strategy"])
-            call = _call(self._mixer, tokens, initial=initial is not None, **options)
+            call = _call(self.mixer, tokens, initial=initial is not None, **options)
             sizes_of = ulysses.carried_sizes if call.strategy == "ulysses" else engine.carried_sizes
             saved, carried = sizes_of(tokens, call)
         else:  # a compiler's symbol: any shard may come
@@ -131,7 +131,7 @@ class _Pair:
         need_decay: bool,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        call = _call(self._mixer, tokens, **options)
+        call = _call(self.mixer, tokens, **options)
         backward = ulysses.backward if call.strategy == "ulysses" else engine.scan_backward
         found, dinitial = backward(tokens, saved, carried, dout, dstate, call, need_decay=need_decay)
         if options["initial_gradient"] and dinitial is None:
@@ -149,7 +149,7 @@ class _Pair:
         **options: Any,
     ) -> tuple[Tensor, ...]:
         given = (*tokens[:-1], tokens[-1] if need_decay else None)
-        dinitial = carried.new_empty(self._mixer.sizes(tokens).state if options["initial_gradient"] else (0,))
+        dinitial = carried.new_empty(self.mixer.sizes(tokens).state if options["initial_gradient"] else (0,))
         return (*(carried.new_empty(0) if x is None else x.new_empty(x.shape) for x in given), dinitial)
 
     @staticmethod

@@ -29,7 +29,7 @@ def forward(tensors: Tensors, initial: Tensor | None, call: ScanCall) -> tuple[T
     out, state, saved, carried = engine.scan_forward(by_heads, own, inner)
     (out,) = exchange.to_tokens([out], [], tensors[0].shape[2])
     if state is not None:  # [W, B, H / W, rows, columns]
-        state = all_gather_stacked(state, call.shard.group).wait().transpose(0, 1).flatten(1, 2)
+        state = all_gather_stacked(state, call.shard.group).wait().transpose(0, 1).contiguous().flatten(1, 2)
     return out, state, saved, carried
 
 
