@@ -108,6 +108,8 @@ class Panel:
 
 def plot_speeds(panels: Sequence[Sequence[Panel]], png_path: Path, *, beside: str | None) -> None:
     """Draw tokens per second by T, rows of panels that each share their lines' names; beside: drawn as the rival."""
+    from matplotlib.ticker import LogLocator
+
     columns = max(map(len, panels))
     figure = _figure(height=3.4 * len(panels) + 0.2, width=3.1 * columns + 1.9)
     grid = figure.subplots(len(panels), columns, squeeze=False, sharex=True, sharey="row")
@@ -134,6 +136,9 @@ def plot_speeds(panels: Sequence[Sequence[Panel]], png_path: Path, *, beside: st
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            # Between powers of ten: labels where they do not crowd.
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}")
         axes_of_row[0].set_ylabel("tokens per second")
         there = [name for name in names if name in shown]
         axes_of_row[len(row) - 1].legend(

@@ -93,7 +93,7 @@ def test_a_wrong_result_or_gradient_is_seen(kind: str, name: str, tmp_path: Path
 
 def messages(rank: int, world: int, name: str, length: int) -> tuple[dict[str, int], int]:
     worker = Worker(rank, world, dist.group.WORLD, CPU)
-    case = fields("operator", name, length=length)
+    case = fields("operator", name, length=length, strategy="allgather")
     for command in ({"do": "prepare", "side": "it", "case": case}, {"do": "measure", "side": "it"}):
         assert "failed" not in worker.answer(command)
     return worker.answer({"do": "received", "side": "it"}), worker.answer({"do": "memory", "case": case})["bytes"]
@@ -267,7 +267,7 @@ def test_the_command_in_the_results_measures_the_same(words: list[str]):
         ("--memory", "0", "above 0"),
         ("--dtype", "int8", "float32"),
         ("--layout", "striped", "natural, contiguous, zigzag"),
-        ("--strategy", "ring", "expected one of auto, allgather"),
+        ("--strategy", "ring", "auto, allgather, alltoall, chain, ulysses"),
         ("--output", "nowhere/file.md", "a folder that exists"),
         ("--output", "plot.png", "a .md file"),
         ("--device", "tpu", "cpu or gpu"),
