@@ -61,6 +61,7 @@ def scan_linear_attention(
     state: Tensor | None,
     *,
     scale: float | None = None,
+    strategy: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """``S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T``, ``o_t = scale * q_t S_t``.
 
@@ -68,10 +69,10 @@ def scan_linear_attention(
     ``[B, H, K, V]``, float32 (float64 for float64 inputs). Returns o ``[B, T_w, H, V]`` and the state (None for None).
     """
     if state is None:
-        return sequence_parallel_linear_attention(q, k, v, log_decay, shard, scale=scale)
+        return sequence_parallel_linear_attention(q, k, v, log_decay, shard, scale=scale, strategy=strategy)
     if not is_step(shard, state):
         return sequence_parallel_linear_attention(
-            q, k, v, log_decay, shard, scale=scale, initial_state=state, return_state=True
+            q, k, v, log_decay, shard, scale=scale, strategy=strategy, initial_state=state, return_state=True
         )
     factor = q.shape[3] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
@@ -94,6 +95,7 @@ def scan_delta_rule(
     state: Tensor | None,
     *,
     scale: float | None = None,
+    strategy: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """``S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T``, ``o_t = scale * q_t S_t``.
 
@@ -102,10 +104,10 @@ def scan_delta_rule(
     state (None for None).
     """
     if state is None:
-        return sequence_parallel_delta_rule(q, k, v, beta, log_decay, shard, scale=scale)
+        return sequence_parallel_delta_rule(q, k, v, beta, log_decay, shard, scale=scale, strategy=strategy)
     if not is_step(shard, state):
         return sequence_parallel_delta_rule(
-            q, k, v, beta, log_decay, shard, scale=scale, initial_state=state, return_state=True
+            q, k, v, beta, log_decay, shard, scale=scale, strategy=strategy, initial_state=state, return_state=True
         )
     factor = q.shape[3] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
@@ -130,6 +132,7 @@ def scan_slot_attention(
     state: tuple[Tensor, Tensor] | None,
     *,
     scale: float | None = None,
+    strategy: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """``A_t = A_{t-1} diag(exp(g_t)) + k_t slot_t^T``, ``C_t = diag(exp(g_t)) C_{t-1} + slot_t v_t^T``; softmax of A.
 
@@ -138,11 +141,20 @@ def scan_slot_attention(
     inputs). Returns o ``[B, T_w, H, V]`` and the state (None for None).
     """
     if state is None:
-        return sequence_parallel_slot_attention(q, k, v, slot, log_decay, shard, scale=scale)
+        return sequence_parallel_slot_attention(q, k, v, slot, log_decay, shard, scale=scale, strategy=strategy)
     keys, values = state
     if not is_step(shard, state):
         out, after = sequence_parallel_slot_attention(
-            q, k, v, slot, log_decay, shard, scale=scale, initial_state=(keys, values), return_state=True
+            q,
+            k,
+            v,
+            slot,
+            log_decay,
+            shard,
+            scale=scale,
+            strategy=strategy,
+            initial_state=(keys, values),
+            return_state=True,
         )
         assert after is not None
         # They come as parts of one tensor, which steps would read across.

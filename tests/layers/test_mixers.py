@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from longtrain.layers import MIXERS, LayerPlace, Mixer
 from longtrain.layers.mixers.base import StatefulMixer
-from longtrain.parallel import SequenceShard
+from longtrain.parallel import SequenceShard, count_messages
 from tests.distributed import run_distributed
 from tests.layers.mixer_cases import CASES, CU_SEQLENS, LENGTH, PLACE, build, companion, inputs, relative, truth
 
@@ -20,6 +20,8 @@ SPREADS = {
     3: ("contiguous", "zigzag"),
     4: ("contiguous", "zigzag", "striped:4"),
 }
+STRATEGIES = {1: "auto", 2: "allgather", 3: "alltoall", 4: "chain"}
+"""How states cross ranks; all ways are compared with one device elsewhere, here mixers are seen to pass them on."""
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -35,6 +37,8 @@ def spread(rank: int, world: int, name: str, number: int, layout: str) -> list[T
     import torch.distributed as dist
 
     mixer = build(name, number)
+    if isinstance(mixer, StatefulMixer):
+        mixer.strategy = STRATEGIES[world]
     x, dy = inputs()
     shard = SequenceShard(length=LENGTH, group=dist.group.WORLD, layout=layout, cu_seqlens=CU_SEQLENS)
     local = shard.split(x, dim=1).requires_grad_()
@@ -53,6 +57,25 @@ def test_is_the_papers_loop_on_any_number_of_ranks(name: str, number: int, world
         for found in run_distributed(world, spread, name, number, layout):
             errors = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
             assert max(errors) < 1e-10, (layout, errors)
+
+
+def exchanges(rank: int, world: int, name: str) -> int:
+    """All-to-alls of one forward pass whose scan is to use them."""
+    import torch.distributed as dist
+
+    mixer = build(name, 0)
+    assert isinstance(mixer, StatefulMixer)
+    mixer.strategy = "alltoall"
+    x, _ = inputs()
+    shard = SequenceShard(length=LENGTH, group=dist.group.WORLD)
+    with count_messages() as counter, torch.no_grad():
+        mixer(shard.split(x, dim=1), shard)
+    return counter.count("all_to_all")
+
+
+@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if issubclass(mixer, StatefulMixer)])
+def test_the_strategy_reaches_the_scan(name: str) -> None:
+    assert min(run_distributed(2, exchanges, name)) > 0
 
 
 @every_case

@@ -151,6 +151,14 @@ MIXERS_REFUSED = [
         "4 ranks",
         "'ring'",
     ),
+    (
+        ["layers.pattern=gla", "+layers.mixers.gla={heads: 2, strategy: ulysses}", "parallel.sequence=4"],
+        "layers.mixers.gla.strategy",
+        "'ulysses'",
+        "2 heads over 4 ranks",
+        "'chain'",
+    ),
+    (["layers.pattern=gla", "+layers.mixers.gla={strategy: ring}"], "layers.mixers.gla.strategy", "'ring'", "alltoall"),
 ]
 
 

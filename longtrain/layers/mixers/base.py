@@ -25,6 +25,7 @@ House rules for mixers
       on the meta device.
     - A parameter of two dimensions is a matrix between channels: Muon orthogonalises it, and it counts as a projection.
       Angles, rates and a convolution's filters are one-dimensional (viewed as they are needed).
+    - A StatefulMixer's options include ``heads`` and ``strategy``, which its scan is called with (``self.strategy``).
     - Options are a frozen dataclass, each with a default and a comment; its types are int, float, bool, str or one of
       these or None. ``check`` refuses values, ``check_ranks`` strategies and degrees.
     - Positions are those inside the document and go on after a state: ``recurrence.positions(shard, x.device, state)``.
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.parallel import SequenceShard
+from longtrain.parallel.linear.calls import STRATEGIES
 
 Boundaries = np.ndarray | Sequence[int]
 """Document boundaries [N+1] from 0 to T."""
@@ -179,6 +181,21 @@ class StatefulMixer(RecurrentMixer):
     Subclasses write ``scan``, ``empty_state`` and ``mixing_flops``; see the head of this file.
     """
 
+    strategy: str
+    """How states cross ranks, an option of every stateful mixer; "auto" is the cost model's choice."""
+
+    def __init__(self, config: Any, place: LayerPlace) -> None:
+        super().__init__(config, place)
+        self.strategy = config.strategy
+
+    @classmethod
+    def check_ranks(cls, config: Any, *, strategy: str, ranks: int, rows: int) -> None:
+        if config.strategy == "ulysses" and config.heads % ranks:
+            raise ValueError(
+                f"strategy: got 'ulysses' with {config.heads} heads over {ranks} ranks, which do not divide them; "
+                "'allgather', 'alltoall' and 'chain' work with any heads"
+            )
+
     @abstractmethod
     def scan(self, x: Tensor, shard: SequenceShard, state: Any) -> tuple[Tensor, Any]:
         """Mix tokens from a state on.
@@ -244,3 +261,8 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Refuse, with a ValueError, a text that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{option}: got {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_scan_strategy(strategy: str) -> None:
+    """Refuse, with a ValueError, what is no way for states to cross ranks."""
+    check_choice("strategy", strategy, STRATEGIES)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule
 from longtrain.layers.selective import strength, unit
 from longtrain.layers.short_convolution import ConvolvedState, ShortConvolution, check_conv_width
@@ -20,6 +21,7 @@ class DeltaNetConfig:
     heads: int = 8  # H
     head_width: int | None = None  # K and V; None: width / heads
     conv_width: int | None = 4  # tokens that the short convolutions of q, k and v see; None: no convolutions
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def key_width(self, width: int) -> int:
         return width // self.heads if self.head_width is None else self.head_width
@@ -38,6 +40,7 @@ class DeltaNetMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: DeltaNetConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
         check_conv_width(config.conv_width)
 
@@ -55,7 +58,7 @@ class DeltaNetMixer(StatefulMixer):
         self.qkv = nn.Linear(place.width, 3 * inner, bias=False)
         self.convolution = ShortConvolution(3 * inner, config.conv_width)
         self.beta = nn.Linear(place.width, self.heads, bias=False)
-        self.norm = nn.RMSNorm(self.key_width, eps=1e-6)
+        self.norm = RMSNorm(self.key_width, eps=1e-6)
         self.out = nn.Linear(inner, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> ConvolvedState:
@@ -67,5 +70,7 @@ class DeltaNetMixer(StatefulMixer):
         inputs, memory = (None, None) if state is None else state
         qkv, inputs = self.convolution(self.qkv(x), shard, inputs)
         q, k, v = (z.unflatten(-1, (self.heads, self.key_width)) for z in qkv.chunk(3, dim=-1))
-        o, memory = scan_delta_rule(unit(q), unit(k), v, strength(self.beta(x)), None, shard, memory)
+        o, memory = scan_delta_rule(
+            unit(q), unit(k), v, strength(self.beta(x)), None, shard, memory, strategy=self.strategy
+        )
         return self.out(self.norm(o).flatten(2)), ConvolvedState.of(inputs, memory)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule
 from longtrain.layers.selective import SelectiveDecay, strength, unit
 from longtrain.layers.short_convolution import ConvolvedState, ShortConvolution, check_conv_width
@@ -23,6 +24,7 @@ class GatedDeltaNetConfig:
     key_width: int | None = None  # K of a head; None: width / heads
     value_width: int | None = None  # V of a head; None: as key_width (the paper takes twice that)
     conv_width: int = 4  # tokens that the short convolutions of q, k and v see
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     @property
     def groups(self) -> int:
@@ -50,6 +52,7 @@ class GatedDeltaNetMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: GatedDeltaNetConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         for option in ("key_width", "value_width"):
             given = getattr(config, option)
             if given is not None and given < 1:
@@ -77,7 +80,7 @@ class GatedDeltaNetMixer(StatefulMixer):
         self.rates = nn.Linear(place.width, 2 * self.heads, bias=False)  # for beta, then for the decay
         self.decay = SelectiveDecay(self.heads)
         self.gate = nn.Linear(place.width, values, bias=False)
-        self.norm = nn.RMSNorm(self.value_width, eps=1e-6)
+        self.norm = RMSNorm(self.value_width, eps=1e-6)
         self.out = nn.Linear(values, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> ConvolvedState:
@@ -93,6 +96,6 @@ class GatedDeltaNetMixer(StatefulMixer):
         v = v.unflatten(-1, (self.heads, self.value_width))
         beta, rate = self.rates(x).chunk(2, dim=-1)
         _, log_decay = self.decay(rate)
-        o, memory = scan_delta_rule(q, k, v, strength(beta), log_decay, shard, memory)
+        o, memory = scan_delta_rule(q, k, v, strength(beta), log_decay, shard, memory, strategy=self.strategy)
         o = self.norm(o).flatten(2) * F.silu(self.gate(x))
         return self.out(o), ConvolvedState.of(inputs, memory)

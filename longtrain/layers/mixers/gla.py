@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, scan_linear_attention, state_dtype
 from longtrain.parallel import SequenceShard
@@ -22,6 +22,7 @@ class GLAConfig:
     value_width: int | None = None  # V of a head; None: width / heads
     gate_rank: int = 16  # the decays' projection goes through so many channels
     gate_temperature: float = 16.0  # tau: the larger, the slower they forget
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def widths(self, width: int) -> tuple[int, int]:
         """K and V."""
@@ -43,6 +44,7 @@ class GLAMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: GLAConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         if config.heads < 1:
             raise ValueError(f"heads: got {config.heads}, it must be at least 1")
         for option, parts in (("key_width", 2 * config.heads), ("value_width", config.heads)):
@@ -85,6 +87,8 @@ class GLAMixer(StatefulMixer):
         logits = self.decay_out(self.decay_in(x))
         log_decay = F.logsigmoid(logits.to(state_dtype(logits.dtype))) / self.temperature
         q, k, v, log_decay = (z.unflatten(-1, (self.heads, -1)) for z in (q, k, v, log_decay))
-        o, memory = scan_linear_attention(q, k, v, log_decay, shard, None if state is None else state.memory)
+        o, memory = scan_linear_attention(
+            q, k, v, log_decay, shard, None if state is None else state.memory, strategy=self.strategy
+        )
         o = self.norm(o).flatten(2)
         return self.out(F.silu(gate) * o), None if state is None else state.after(x.shape[1], memory)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_slot_attention, state_dtype
 from longtrain.parallel import SequenceShard
 
@@ -20,6 +21,7 @@ class GatedSlotConfig:
     head_width: int | None = None  # K and V; None: width / heads
     slots: int = 64  # M, for each head
     damping: float = 8.0  # the root that is taken of a slot's forget gate: larger forgets more slowly
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def key_width(self, width: int) -> int:
         return width // self.heads if self.head_width is None else self.head_width
@@ -48,6 +50,7 @@ class GatedSlotMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: GatedSlotConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
         if config.slots < 1:
             raise ValueError(f"slots: got {config.slots}, it must be at least 1")
@@ -67,7 +70,7 @@ class GatedSlotMixer(StatefulMixer):
         inner = self.heads * self.key_width
         self.qkv = nn.Linear(place.width, 3 * inner, bias=False)
         self.forget = nn.Linear(place.width, self.heads * self.slots, bias=False)
-        self.norm = nn.RMSNorm(inner, eps=1e-6)
+        self.norm = RMSNorm(inner, eps=1e-6)
         self.out = nn.Linear(inner, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> GatedSlotState:
@@ -83,6 +86,6 @@ class GatedSlotMixer(StatefulMixer):
         log_decay = log_decay.unflatten(-1, (self.heads, self.slots))
         # 1 - exp(x), which keeps its digits where next to nothing is written.
         write = -torch.expm1(log_decay)
-        o, after = scan_slot_attention(q, k, v, write, log_decay, shard, state, scale=1.0)
+        o, after = scan_slot_attention(q, k, v, write, log_decay, shard, state, scale=1.0, strategy=self.strategy)
         y = self.out(self.norm(F.silu(o).flatten(2)))
         return y, None if after is None else GatedSlotState(*after)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule
 from longtrain.layers.selective import SelectiveDecay, strength, unit
 from longtrain.layers.short_convolution import ConvolvedState, ShortConvolution, check_conv_width
@@ -21,6 +22,7 @@ class KimiDeltaConfig:
     head_width: int | None = None  # K and V; None: width / heads
     rank: int | None = None  # of the projections for the decays and for the output's gate; None: as head_width
     conv_width: int = 4  # tokens that the short convolutions of q, k and v see
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def key_width(self, width: int) -> int:
         return width // self.heads if self.head_width is None else self.head_width
@@ -42,6 +44,7 @@ class KimiDeltaMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: KimiDeltaConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
         if config.rank is not None and config.rank < 1:
             raise ValueError(f"rank: got {config.rank}, it must be at least 1")
@@ -66,7 +69,7 @@ class KimiDeltaMixer(StatefulMixer):
         self.rates = nn.Linear(rank, inner, bias=False)
         self.gate = nn.Linear(rank, inner, bias=False)
         self.decay = SelectiveDecay(self.heads, self.key_width)
-        self.norm = nn.RMSNorm(self.key_width, eps=1e-6)
+        self.norm = RMSNorm(self.key_width, eps=1e-6)
         self.out = nn.Linear(inner, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> ConvolvedState:
@@ -80,6 +83,8 @@ class KimiDeltaMixer(StatefulMixer):
         q, k, v = (z.unflatten(-1, (self.heads, self.key_width)) for z in qkv.chunk(3, dim=-1))
         for_decay, for_gate = self.low(x).chunk(2, dim=-1)
         _, log_decay = self.decay(self.rates(for_decay))
-        o, memory = scan_delta_rule(unit(q), unit(k), v, strength(self.beta(x)), log_decay, shard, memory)
+        o, memory = scan_delta_rule(
+            unit(q), unit(k), v, strength(self.beta(x)), log_decay, shard, memory, strategy=self.strategy
+        )
         o = self.norm(o).flatten(2) * torch.sigmoid(self.gate(for_gate))
         return self.out(o), ConvolvedState.of(inputs, memory)

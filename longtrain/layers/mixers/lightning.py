@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_choice, check_heads
+from longtrain.layers.mixers.base import (
+    Boundaries,
+    LayerPlace,
+    StatefulMixer,
+    check_choice,
+    check_heads,
+    check_scan_strategy,
+)
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention
 from longtrain.parallel import SequenceShard
@@ -25,6 +32,7 @@ class LightningConfig:
     lrpe: str = "none"  # learned rotations of q and k (LRPE): in layer "none", the "first", or "all"
     value_silu: bool = False  # v passes through SiLU too
     scale: float | None = None  # multiplies q; None: K ** -0.5. The papers have none (1): the norm takes it out again
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def key_width(self, width: int) -> int:
         return width // self.heads if self.head_width is None else self.head_width
@@ -80,6 +88,7 @@ class LightningMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: LightningConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
         for option, choices in CHOICES.items():
             check_choice(option, getattr(config, option), choices)
@@ -120,7 +129,9 @@ class LightningMixer(StatefulMixer):
             at = positions(shard, x.device, state)
             q, k = linear_rotation(q, self.theta, at), linear_rotation(k, self.theta, at)
         before = None if state is None else state.memory
-        o, memory = scan_linear_attention(q, k, v, self.log_decay, shard, before, scale=self.scale)
+        o, memory = scan_linear_attention(
+            q, k, v, self.log_decay, shard, before, scale=self.scale, strategy=self.strategy
+        )
         o = self.norm(o).flatten(2) if self.options.norm == "head" else self.norm(o.flatten(2))
         gate = torch.sigmoid(gate) if self.options.gate == "sigmoid" else gate
         return self.out(o * gate), None if state is None else state.after(x.shape[1], memory)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
 from longtrain.layers.recurrence import scan_linear_attention
 from longtrain.layers.selective import SelectiveDecay
 from longtrain.layers.short_convolution import ConvolvedState, ShortConvolution, check_conv_width
@@ -23,6 +23,7 @@ class Mamba2Config:
     state_width: int = 64  # K (the paper's N): numbers that each channel keeps
     groups: int = 1  # G, heads of B and C, which the heads share
     conv_width: int = 4  # tokens that the short convolution of x, B and C sees
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
 
 class Mamba2Mixer(StatefulMixer):
@@ -42,6 +43,7 @@ class Mamba2Mixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: Mamba2Config, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         for option in ("heads", "expand", "state_width"):
             if getattr(config, option) < 1:
                 raise ValueError(f"{option}: got {getattr(config, option)}, it must be at least 1")
@@ -86,7 +88,9 @@ class Mamba2Mixer(StatefulMixer):
         value = value.unflatten(-1, (self.heads, self.head_width))
         step, log_decay = self.decay(step)
         weighted = (value * step[..., None]).to(value.dtype)
-        o, memory = scan_linear_attention(query, key, weighted, log_decay, shard, memory, scale=1.0)
+        o, memory = scan_linear_attention(
+            query, key, weighted, log_decay, shard, memory, scale=1.0, strategy=self.strategy
+        )
         o = (o + self.skip[:, None] * value).flatten(2) * F.silu(z)
         grouped = F.rms_norm(o.unflatten(-1, (self.groups, -1)), (inner // self.groups,), eps=1e-5)
         return self.out(self.norm * grouped.flatten(2)), ConvolvedState.of(inputs, memory)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
@@ -21,6 +21,7 @@ class RetentionConfig:
     head_width: int | None = None  # K; None: width / heads
     value_width: int | None = None  # V of a head; None: 2 K
     rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
+    strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     def widths(self, width: int) -> tuple[int, int]:
         """K and V."""
@@ -44,6 +45,7 @@ class RetentionMixer(StatefulMixer):
 
     @classmethod
     def check(cls, config: RetentionConfig, place: LayerPlace) -> None:
+        check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
         key, value = config.widths(place.width)
         if key % 2 or key < 2:
@@ -79,6 +81,8 @@ class RetentionMixer(StatefulMixer):
         q, k, v = (z.unflatten(-1, (heads, -1)) for z in (q, k, v))
         at = positions(shard, x.device, state)
         q, k = rotate(q, at, base=self.rope_base), rotate(k, at, base=self.rope_base)
-        o, memory = scan_linear_attention(q, k, v, self.log_decay, shard, None if state is None else state.memory)
+        o, memory = scan_linear_attention(
+            q, k, v, self.log_decay, shard, None if state is None else state.memory, strategy=self.strategy
+        )
         o = F.layer_norm(o, (self.value_width,), eps=1e-6).flatten(2)
         return self.out(F.silu(gate) * o), None if state is None else state.after(x.shape[1], memory)
