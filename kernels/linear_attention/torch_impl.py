@@ -15,19 +15,18 @@ and backward, with D_{m+1} the gradient of S_{m+1}:
 Constant Speed" (Qin et al. 2024, equations 9 to 16) for fixed decays. Backward keeps nothing of forward but its inputs.
 
 Each pass is a class with stages, so that a sequence spread over ranks can send what its segments sum up to before the
-rest is computed: `summaries()`, then `local()` while messages travel, then `finish(...)`. What one stage computed, the
-next ones find. `finish` alone goes tile by tile and keeps no tile. An object finishes once.
+rest is computed: `summaries()`, a light sweep of its own (`summing.py`), then `local()` while messages travel, which
+computes what needs no state in the first tiles, then `finish(...)`, which goes tile by tile and keeps no other tile:
+tensors of a whole long segment would cost more than computing them again. An object finishes once.
 """
 
-from collections.abc import Sequence
-from typing import Literal
-
 import numpy as np
-import torch
 from torch import Tensor
 
-from longtrain.kernels.linear_attention.chunking import Run
+from longtrain.kernels.linear_attention.summing import sum_up
 from longtrain.kernels.linear_attention.tiles import Inputs, TileWork
+
+_AHEAD = 4  # tiles that `local` computes: enough to hide a small message, and little to keep
 
 
 class LinearAttentionForward:
@@ -42,7 +41,8 @@ class LinearAttentionForward:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, offsets: np.ndarray, *, scale: float
     ) -> None:
         self._inputs = Inputs(q, k, v, log_decay, offsets, scale=scale)
-        self._kept: list[TileWork] = []
+        self._segments = log_decay, offsets
+        self._kept: dict[int, TileWork] = {}
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """What takes a state through a segment: S_out = exp(log_transition)[..., None] * S_in + state.
@@ -50,17 +50,14 @@ class LinearAttentionForward:
         Returns log_transition [B, N, H, 1 or K], the sum of the segment's log-decays (it may be -inf), and state
         [B, N, H, K, V], what the segment reaches from zeros. Of an empty segment both are 0.
         """
-        self._keep()
-        states = self._inputs.zero_states()
-        for work in self._kept:
-            _sum_up(work.tile.runs, work.added_states[1:].unbind(0), work.decay.factors.through, states)
-            work.forget_inputs()
-        return self._inputs.decay.log_transition(), self._inputs.by_row(states)
+        inputs = self._inputs
+        states = sum_up(inputs.k, inputs.v, *self._segments, dtype=inputs.dtype, forward=True)
+        return inputs.decay.log_transition(), states
 
     def local(self) -> None:
-        """Compute what needs no initial state: the outputs from within chunks."""
-        self._keep()
-        for work in self._kept:
+        """Compute what needs no initial state: the outputs from within the chunks of the first tiles."""
+        for index, tile in enumerate(self._inputs.chunking.tiles[:_AHEAD]):
+            work = self._kept[index] = TileWork(self._inputs, tile)
             _ = work.local_out
             work.forget_inputs()
 
@@ -76,18 +73,14 @@ class LinearAttentionForward:
         leaving = _like(entering, inputs) if return_state else None
         carried = None
         for index, tile in enumerate(inputs.chunking.tiles):
-            work = self._kept[index] if self._kept else TileWork(inputs, tile)
+            work = self._kept.pop(index, None) or TileWork(inputs, tile)
             _ = work.local_out
             work.overwrite = True
             states = work.added_states
             _carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
             carried = states[-1]
             tile.store(work.out(states[:-1]), out)
-        self._kept = []
         return out, None if leaving is None else inputs.by_row(leaving)
-
-    def _keep(self) -> None:
-        self._kept = self._kept or [TileWork(self._inputs, tile) for tile in self._inputs.chunking.tiles]
 
 
 class LinearAttentionBackward:
@@ -105,31 +98,29 @@ class LinearAttentionBackward:
         scale: float,
     ) -> None:
         self._inputs = Inputs(q, k, v, log_decay, offsets, scale=scale, dout=dout)
-        self._kept: list[TileWork] = []
+        self._segments, self._dout = (log_decay, offsets), dout
+        self._kept: dict[int, TileWork] = {}
 
     def summaries(self) -> Tensor:
         """The gradient of each segment's initial state from its own outputs, [B, N, H, K, V].
 
         To it comes what the state passes on: exp(log_transition)[..., None] * the gradient of the final state.
         """
-        self._keep()
-        dstates = self._inputs.zero_states()
-        for work in reversed(self._kept):
-            _sum_up(work.tile.runs, work.added_gradients[:-1].unbind(0), work.decay.factors.through, dstates, step=-1)
-            work.forget_inputs()
-        return self._inputs.by_row(dstates)
+        inputs = self._inputs
+        dstates = sum_up(inputs.q, self._dout, *self._segments, dtype=inputs.dtype, forward=False)
+        return dstates.mul_(inputs.scale)
 
     def log_transition(self) -> Tensor:
         """As the forward pass's, [B, N, H, 1 or K]."""
         return self._inputs.decay.log_transition()
 
     def local(self, *, need_decay_gradient: bool) -> None:
-        """Compute what needs no state and no gradient of one: the gradients from within chunks.
+        """Compute what needs no state and no gradient of one: the gradients from within the chunks of the first tiles.
 
         need_decay_gradient: as in the `finish` that follows.
         """
-        self._keep()
-        for work in self._kept:
+        for index, tile in enumerate(self._inputs.chunking.tiles[:_AHEAD]):
+            work = self._kept[index] = TileWork(self._inputs, tile)
             work.need_decay_gradient = need_decay_gradient
             _ = work.added_states, work.local_gradients
             work.forget_inputs()
@@ -155,8 +146,8 @@ class LinearAttentionBackward:
             results.append(inputs.decay.empty_gradient())
         states = self._states(entering)
         carried = None
-        for tile in reversed(tiles):
-            work = self._kept.pop() if self._kept else TileWork(inputs, tile)
+        for index, tile in reversed(list(enumerate(tiles))):
+            work = self._kept.pop(index, None) or TileWork(inputs, tile)
             work.need_decay_gradient = need_decay_gradient
             _ = work.local_gradients
             work.overwrite = True
@@ -173,37 +164,16 @@ class LinearAttentionBackward:
         """For each tile the states before each of its chunks and after the last, [m + 1, H, K, V]."""
         result: list[Tensor] = []
         for index, tile in enumerate(self._inputs.chunking.tiles):
-            work = self._kept[index] if self._kept else TileWork(self._inputs, tile, overwrite=True)
+            work = self._kept.get(index) or TileWork(self._inputs, tile, overwrite=True)
             carried = result[-1][-1] if result else None
             _carry_forward(work, work.added_states, carried=carried, entering=entering, leaving=None)
             result.append(work.added_states)
         return result
 
-    def _keep(self) -> None:
-        self._kept = self._kept or [TileWork(self._inputs, tile) for tile in self._inputs.chunking.tiles]
-
 
 def _like(states: Tensor | None, inputs: Inputs) -> Tensor:
     """What an empty segment passes through: a copy of the given states, or zeros."""
     return inputs.zero_states() if states is None else states.clone()
-
-
-def _sum_up(
-    runs: Sequence[Run],
-    added: Sequence[Tensor],
-    through: Sequence[Tensor] | None,
-    states: Tensor,
-    *,
-    step: Literal[1, -1] = 1,
-) -> None:
-    """states[segment] <- through * states[segment] + added for one chunk after another; step -1: from the last one."""
-    for run in runs[::step]:
-        state = states[run.segment]
-        for i in range(run.chunk, run.stop)[::step]:
-            if through is None:
-                state.add_(added[i])
-            else:
-                torch.addcmul(added[i], state, through[i], out=state)
 
 
 def _carry_forward(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain import debug
+from longtrain.kernels.linear_attention.operators import check_values
 from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
 from longtrain.parallel.linear import engine, ulysses
 from longtrain.parallel.linear.call import ScanCall
@@ -40,15 +40,6 @@ def _check(tensors: Tensors, shard: int, strategy: str) -> None:
     scan_plan(held)
     if (reason := refusal(strategy, tensors, held)) is not None:
         raise ValueError(f"strategy: got {strategy!r} {reason}")
-
-
-def _check_values(log_decay: Tensor | None) -> None:
-    """Refuse log-decays above 0; on a GPU, which would have to wait, only under `longtrain.debug.checks()`."""
-    if log_decay is None or not (log_decay.device.type == "cpu" or debug.enabled()):
-        return
-    positive = log_decay > 0
-    if positive.any():
-        raise ValueError(f"log_decay: got {log_decay[positive].max():g}, expected no number above 0")
 
 
 def _agree(mixer: Mixer, tensors: Tensors, initial: Tensor | None, gradients: bool, options: dict[str, Any]) -> None:
@@ -99,7 +90,7 @@ class _Pair:
     def _forward(self, *tensors: Any, gradients: bool, **options: Any) -> tuple[Tensor, ...]:
         *tokens, initial = tensors
         _check(tokens, options["shard"], options["strategy"])
-        _check_values(tokens[-1])
+        check_values(tokens[-1])
         call = _call(self.mixer, tokens, initial=initial is not None, **options)
         _agree(self.mixer, tokens, initial, gradients, options)
         forward = ulysses.forward if call.strategy == "ulysses" else engine.scan_forward

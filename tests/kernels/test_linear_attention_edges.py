@@ -15,12 +15,12 @@ from longtrain.kernels import linear_attention
 from longtrain.kernels.linear_attention import (
     LinearAttentionBackward,
     LinearAttentionForward,
-    check_inputs,
     chunking,
     operators,
     within_chunk,
 )
 from longtrain.kernels.linear_attention.decays import Decay
+from longtrain.kernels.linear_attention.operators import check_values
 from tests.kernels.test_linear_attention import Problem, fill_empty_with_nan, problem  # noqa: F401 (a fixture)
 
 DECAYS = ["none", "head", "token", "channel"]
@@ -290,10 +290,12 @@ def test_devices_are_made_to_wait_only_where_asked():
     offsets = np.array([0, 30, 130])
     for shape in ((4,), (2, 130, 4), (2, 130, 4, 8)):
         g = torch.zeros(shape, device="meta")
-        check_inputs(q, k, v, g)
+        check_values(g)
         with debug.checks(), pytest.raises(RuntimeError, match="meta"):
-            check_inputs(q, k, v, g)
+            check_values(g)
         with Work() as done:
+            LinearAttentionForward(q, k, v, g, offsets, scale=1.0).summaries()
+            LinearAttentionBackward(q, k, v, g, offsets, dout, scale=1.0).summaries()
             out, state = LinearAttentionForward(q, k, v, g, offsets, scale=1.0).finish(None)
             assert state is not None and out.shape == v.shape and state.shape == (2, 2, 4, 8, 8)
             backward = LinearAttentionBackward(q, k, v, g, offsets, dout, scale=1.0)
