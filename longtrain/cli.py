@@ -24,6 +24,7 @@ examples:
   longtrain bench attention                       attention over processes beside one process
   longtrain bench mixers                          linear operators and mixers as sequences grow
   longtrain bench kernels                         one device's kernels beside the best others
+  longtrain bench recall                          how much fixed-decay, hybrid and softmax models remember
 
 longtrain/recipes/base.yaml lists every key with its unit and reason. Across machines, start the same entry with
 torchrun: torchrun --nproc_per_node 8 -m longtrain.train --config-name quickstart key=value
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     attention.set_defaults(command=_bench_attention)
     _add_bench_mixers(kinds)
     _add_bench_kernels(kinds)
+    _add_bench_recall(kinds)
     return parser
 
 
@@ -135,6 +137,13 @@ def _add_bench_kernels(kinds: "argparse._SubParsersAction[argparse.ArgumentParse
     kernels.add_argument("--resources", action="store_true", help="instead: compile all, registers and shared memory")
     kernels.add_argument("--roofline", action="store_true", help="instead: the least time that hardware allows")
     kernels.set_defaults(command=_bench_kernels)
+
+
+def _add_bench_recall(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    recall = kinds.add_parser("recall", help="what mixers remember", description=_bench_recall.__doc__)
+    recall.add_argument("overrides", nargs="*", metavar="key=value", help="keys of all three recipes to change")
+    recall.add_argument("--output", type=Path, metavar="DIR", help="new folder; default: runs/recall-<time>")
+    recall.set_defaults(command=_bench_recall)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +223,13 @@ def _bench_mixers(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
     return benchmark_mixers.run(options(**given))
+
+
+def _bench_recall(arguments: argparse.Namespace) -> int:
+    """Train recall_linear, recall_hybrid and recall_softmax in turn, and draw their accuracy by number of pairs."""
+    from longtrain.launch import benchmark_recall
+
+    return benchmark_recall.run(arguments.overrides, output=arguments.output)
 
 
 def _bench_kernels(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtrain import checkpoint
 from longtrain.config import read_run
-from longtrain.data import BOUNDARY, VOCABULARY, decode, encode
+from longtrain.data import BOUNDARY, VOCABULARY, decode, encode, vocabulary_of
 from longtrain.errors import UsageError, report_failure
 from longtrain.model import Decoder
 from longtrain.parallel import SequenceShard
@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_model(run_dir: Path) -> tuple[Decoder, int]:
     """The model of a run's newest checkpoint, whole and in evaluation mode, and the length it was trained on."""
     recipe = read_run(run_dir)
+    if vocabulary_of(recipe.data) != VOCABULARY:
+        raise UsageError(
+            f"run: {run_dir} was trained on data={recipe.data.source}, which is no text; evaluate it instead"
+        )
     folder = checkpoint.latest(run_dir)
     if folder is None:
         raise UsageError(f"run: {run_dir} has no checkpoint yet")

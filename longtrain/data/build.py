@@ -117,7 +117,11 @@ def check_data(config: DataConfig) -> None:
             continue
         readers = [name for name in SOURCES if field.name in _KEYS[name]]
         only = " or ".join(f"data={name}" for name in readers)
-        raise UsageError(f"data.{field.name}: got {given!r} with data={config.source}, only {only} reads it; add it")
+        default = "null" if field.default is None else field.default
+        raise UsageError(
+            f"data.{field.name}: got {given!r} with data={config.source}, only {only} reads it; add that, or leave it "
+            f"at {default}"
+        )
     if not 0 < config.held_out < 1:
         raise UsageError(f"data.held_out: got {config.held_out}, expected a share between 0 and 1, such as 0.1")
     if config.source == "text" and not config.path:
