@@ -12,6 +12,9 @@ MIXERS, ENGINE = "parallel/linear/mixers.py", "parallel/linear/engine.py"
 RUNS, GATHER = "parallel/scan.py", "parallel/linear/allgather.py"
 SHARES, CHAIN = "parallel/linear/alltoall.py", "parallel/linear/chain.py"
 ULYSSES = "parallel/linear/ulysses.py"
+SCATTER, CHAIN, ULYSSES = (f"parallel/linear/{name}.py" for name in ("alltoall", "chain", "ulysses"))
+STRATEGIES = "tests/parallel/test_linear_strategies.py::"
+EVERY_STRATEGY = f"{SCAN}test_every_strategy_is_the_recurrence"
 CONVOLVE, HALO = "parallel/conv1d.py", "parallel/halo.py"
 
 MUTATIONS = (
@@ -119,6 +122,38 @@ MUTATIONS = (
         "run.finish(before, _to_segments(plan, leaving, plan.last), need_state=False)",
         "run.finish(before, _to_segments(plan, leaving, plan.first), need_state=False)",
         (RECURRENCE,),
+    ),
+    # Exchanges: all-to-all, chain, Ulysses.
+    Mutation(
+        "shares-begin-at-their-heads",
+        SCATTER,
+        "begin = share.start - share.first * columns",
+        "begin = 0",
+        (EVERY_STRATEGY,),
+    ),
+    Mutation(
+        "scattered-gradients-of-one-rank", SCATTER, "summaries[:, -1].sum(0)", "summaries[0, -1]", (EVERY_STRATEGY,)
+    ),
+    Mutation(
+        "chain-crosses-documents",
+        CHAIN,
+        "return (other if one.start < other.start else one).continues",
+        "return True",
+        (f"{STRATEGIES}test_a_chain_sends_states_only_within_documents",),
+    ),
+    Mutation(
+        "chain-keeps-no-gradient-of-the-others",
+        CHAIN,
+        "return torch.stack(parts).sum(0)",
+        "return x",
+        (EVERY_STRATEGY,),
+    ),
+    Mutation(
+        "ulysses-heads-of-the-first-rank",
+        ULYSSES,
+        "initial[:, exchange.own_heads]",
+        "initial[:, : inner.sizes.heads]",
+        (EVERY_STRATEGY,),
     ),
     Mutation("last-state-gradient-of-one-rank", GATHER, "received[:, -1].sum(0)", "received[0, -1]", (RECURRENCE,)),
     # The exchanges of summaries.
