@@ -28,7 +28,7 @@ from longtrain.launch.team import Team
 
 WORKER = "longtrain.bench_attention"
 LAYOUTS = ("zigzag", "striped", "contiguous")
-PACKED_LAYOUTS = ("balanced", "zigzag", "contiguous")
+PACKED_LAYOUTS = ("balanced", "zigzag", "zigzag to balanced", "contiguous", "contiguous to balanced")
 SCALING_BAR, PACKED_BAR, RIVAL_BAR, MEMORY_BAR = 0.95, 0.80, 3.0, 0.30
 NINE_MIXED = (6000, 4000, 2500, 1500, 1000, 600, 400, 284, 100)  # tokens; other lengths in proportion
 # Both sides lose about what this one loses; the rest is room for another order of sums.
@@ -128,7 +128,9 @@ class Bench:
             f"## Packed documents\n\nLengths {', '.join(map(str, documents))}: {_pairs(documents):,} visible pairs, "
             f"{_pairs(documents) / _pairs([chosen.length]):.3f} of one document's. The ideal is the time that one "
             f"process's SDPA would need for as many pairs at its rate on one causal document, {rate / 1e6:,.1f} "
-            f"million pairs/s forward and backward ({best['SDPA']:.3f} s){self._devices}.\n\n"
+            f'million pairs/s forward and backward ({best["SDPA"]:.3f} s){self._devices}.\n\n"zigzag to balanced": '
+            "q, k, v of a sequence on zigzag move to balanced and the output back, as a hybrid's softmax layers may. "
+            f"Asked to choose, the cost model takes {self._choices(documents)}.\n\n"
             + table(["attention", "layout", "strategy", "seconds", "of the ideal", "bar"], rows)
         )
 
@@ -241,6 +243,14 @@ class Bench:
     def _share(self) -> int:
         """Devices that the processes have for each one that the single process has."""
         return 1 if self._chosen.device == "cpu" else self._chosen.processes
+
+    def _choices(self, documents: Sequence[int]) -> str:
+        """What the cost model makes of the packed case on the home layouts of hybrids, in words."""
+        case, said = self._chosen.case(documents=documents), []
+        for home in ("zigzag", "contiguous"):
+            answer = self._ranks.ask("choice", {"case": case, "home": home, "strategy": self._chosen.strategies[0]})[0]
+            said.append(f"{answer['layout']} for {home}")
+        return " and ".join(said)
 
     @property
     def _per(self) -> str:

@@ -31,6 +31,7 @@ from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
 from longtrain.parallel.attention import STRATEGIES
 from longtrain.parallel.layouts import layout_named
+from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
 from longtrain.trainer import PRECISIONS, TrainerConfig
 
 RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
@@ -281,6 +282,11 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(f"{key}: got an empty name, expected a folder (null: none given)")
     _one_of("engine", recipe.engine, ENGINES)
     _one_of("memory.recompute", recipe.memory.recompute, RECOMPUTE_POLICIES)
+    if recipe.parallel.strategy in set(SCAN_STRATEGIES) - set(STRATEGIES):
+        raise UsageError(
+            f"parallel.strategy: got {recipe.parallel.strategy!r}, which is a way for states of linear mixers: "
+            f"layers.mixers.NAME.strategy takes it; expected for attention one of {', '.join(map(repr, STRATEGIES))}"
+        )
     _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
     _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
     _one_of("launch.device", recipe.launch.device, ("auto", "cpu", "cuda"))

@@ -12,6 +12,9 @@ from longtrain.bench_attention.virtual import critical_path
 from longtrain.bench_common import worker
 from longtrain.bench_common.measuring import seconds
 from longtrain.errors import leave
+from longtrain.parallel import SequenceShard
+from longtrain.parallel.attention.cost import Heads
+from longtrain.parallel.attention.relaying import attention_shard
 
 
 class Worker(worker.Worker):
@@ -86,6 +89,15 @@ class Worker(worker.Worker):
         out = torch.einsum("bhij,bjhk->bihk", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
         truth = out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
         return {"squares": squares(mine.run(), tuple(x[:, mine.positions] for x in truth))}
+
+    def choice(self, case: dict[str, Any], home: str, strategy: str) -> dict[str, Any]:
+        """The layout on which attention should run by the cost model, for a sequence that lies on `home`."""
+        shapes = Case.of(case)
+        shard = SequenceShard(length=shapes.length, group=self._group, layout=home, cu_seqlens=shapes.boundaries)
+        size = shapes.torch_dtype.itemsize
+        sizes = Heads(1, shapes.heads, shapes.kv_heads, shapes.width, shapes.width, size)
+        target = attention_shard(shard, sizes, device=self._device, layout="auto", strategy=strategy)
+        return {"layout": target.layout.name}
 
     def memory(self, case: dict[str, Any], layout: str, strategy: str) -> dict[str, Any]:
         """Peak bytes of this rank's call."""

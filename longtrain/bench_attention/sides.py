@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtrain.bench_attention.cases import Case, Results, inputs, squares
 from longtrain.bench_common.comparing import WIDER, deviations
-from longtrain.parallel import SequenceShard, sequence_parallel_attention
+from longtrain.layers import SequenceParallelAttention
+from longtrain.parallel import SequenceShard
 
 Group = dist.ProcessGroup | None
 RIVAL = "ring_attention_pytorch"
+MOVED = " to "
 RIVAL_BUCKET = 1024  # tokens: the default of its ring_flash_attn
 
 
@@ -31,17 +33,21 @@ class Side(Protocol):
 
 
 class Longtrain:
-    """`sequence_parallel_attention` on this rank's tokens. The shard's plans are made in the first run, and kept."""
+    """`SequenceParallelAttention` on this rank's tokens. The shard's plans are made in the first run, and kept.
+
+    layout: a layout's name, or two with MOVED between: the sequence's own, and the one that attention moves to.
+    """
 
     def __init__(self, case: Case, *, layout: str, strategy: str, group: Group, device: torch.device) -> None:
-        self._shard = SequenceShard(length=case.length, group=group, layout=layout, cu_seqlens=case.boundaries)
-        self._strategy = strategy
+        home, _, moved = layout.partition(MOVED)
+        self._shard = SequenceShard(length=case.length, group=group, layout=home, cu_seqlens=case.boundaries)
+        self._attend = SequenceParallelAttention(strategy=strategy, layout=moved or "home")
         self.positions = self._shard.positions
         *qkv, self._dout = inputs(case, self.positions, device)
         self._q, self._k, self._v = (x.requires_grad_() for x in qkv)
 
     def run(self) -> Results:
-        out, _ = sequence_parallel_attention(self._q, self._k, self._v, self._shard, strategy=self._strategy)
+        out = self._attend(self._q, self._k, self._v, self._shard)
         return out.detach(), *torch.autograd.grad(out, (self._q, self._k, self._v), self._dout)
 
 

@@ -112,6 +112,9 @@ def layer_names(config: LayersConfig, depth: int) -> list[str]:
             _check_name(name, known)
     if DEFAULT not in pattern and all(_whole(count) for count in pattern.values()):
         return _in_ratio(pattern, depth)
+    for name, count in pattern.items():
+        if isinstance(count, bool | float):
+            raise ValueError(f"layers.pattern.{name}: got {count!r}, expected a whole number (a ratio) or layers")
     return _in_sets(pattern, depth, known)
 
 

@@ -39,7 +39,8 @@ def test_scaling_packed_and_rival(capsys, tmp_path: Path):
         assert "Lengths 94, 62, 39, 24, 15, 10, 6, 4, 2: 7,707 visible pairs" in text and "The ideal is" in text
         assert re.search(r"\| longtrain +\| balanced +\| ring +\| \d+\.\d{3} +\| \d+\.\d{3} +\| >= 0.8 +\|", text)
         assert re.search(r"x faster +\| >= 3|ring-attention-pytorch is not installed", text)
-    for side in ("one zigzag ring", "one contiguous mesh", "packed balanced ring"):
+    assert re.search(r"the cost model takes (zigzag|balanced) for zigzag and \w+ for contiguous", text)
+    for side in ("one zigzag ring", "one contiguous mesh", "packed balanced ring", "packed zigzag to balanced ring"):
         assert re.search(rf"{side}: deviates from SDPA by out \d\.\de-\d\d, dq", shown)
     # Every run that is timed comes after the checks of its part.
     assert shown.index("packed contiguous mesh: deviates") < shown.index("  1. SDPA by document")

@@ -158,6 +158,19 @@ MIXERS_REFUSED = [
         "2 heads over 4 ranks",
         "'chain'",
     ),
+    (
+        [
+            "layers.pattern=gla",
+            "+layers.mixers.gla={heads: 4, strategy: ulysses}",
+            "parallel.sequence=4",
+            "parallel.rows=2",
+        ],
+        "layers.mixers.gla.strategy",
+        "'ulysses'",
+        "parallel.rows = 2",
+        "'chain'",
+    ),
+    (["parallel.strategy=chain"], "parallel.strategy", "'chain'", "'ring'", "layers.mixers.NAME.strategy"),
     (["layers.pattern=gla", "+layers.mixers.gla={strategy: ring}"], "layers.mixers.gla.strategy", "'ring'", "alltoall"),
 ]
 

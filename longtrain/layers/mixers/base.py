@@ -190,6 +190,11 @@ class StatefulMixer(RecurrentMixer):
 
     @classmethod
     def check_ranks(cls, config: Any, *, strategy: str, ranks: int, rows: int) -> None:
+        if config.strategy == "ulysses" and rows > 1:
+            raise ValueError(
+                f"strategy: got 'ulysses' with parallel.rows = {rows}, expected 1; 'allgather', 'alltoall' and 'chain' "
+                "work with any rows"
+            )
         if config.strategy == "ulysses" and config.heads % ranks:
             raise ValueError(
                 f"strategy: got 'ulysses' with {config.heads} heads over {ranks} ranks, which do not divide them; "
