@@ -92,7 +92,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
     training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
     trainer = build_trainer(recipe, processes, training)
     run_dir = on_first_rank(lambda: _open_run(recipe, processes))
-    seconds = everywhere(lambda: restore(trainer, run_dir)) if recipe.resume is not None else 0.0
+    seconds = _go_on(recipe, trainer, run_dir) if recipe.resume is not None else 0.0
     with Screen(enabled=processes.first) as screen:
         screen.start(recipe.trainer.steps, trainer.step, _headline(recipe, processes, trainer, training, run_dir))
         metrics = MetricsWriter(run_dir, resume_step=trainer.step) if processes.first else None
@@ -180,13 +180,18 @@ def _device(recipe: Recipe, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _go_on(recipe: Recipe, trainer: Trainer, run_dir: Path) -> float:
+    """Restore a run, then keep what it goes on with as its configuration: a refusal leaves the folder as it was."""
+    seconds = everywhere(lambda: restore(trainer, run_dir))
+    going_on = dataclasses.replace(recipe, run_dir=str(run_dir), resume=None)
+    on_first_rank(lambda: run_folder.write_config(run_dir, to_yaml(going_on)))
+    return seconds
+
+
 def _open_run(recipe: Recipe, processes: Processes) -> Path:
     """Make the run folder, or open the one to resume; on rank 0 only."""
     if recipe.resume is not None:
-        run_dir = Path(recipe.resume)
-        run_folder.open_existing(run_dir)
-        run_folder.write_config(run_dir, to_yaml(dataclasses.replace(recipe, run_dir=str(run_dir), resume=None)))
-        return run_dir
+        return run_folder.open_existing(Path(recipe.resume))
     run_dir = Path(recipe.run_dir) if recipe.run_dir is not None else run_folder.default_name(recipe.recipe)
     run_folder.create(run_dir)
     run_folder.write_config(run_dir, to_yaml(dataclasses.replace(recipe, run_dir=str(run_dir))))

@@ -89,7 +89,7 @@ def test_killing_a_rank_ends_the_command_and_names_it_and_the_checkpoint_resumes
 def test_resume_refuses_other_data_and_other_models(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train("trainer.steps=1", f"run_dir={run_dir}")
-    before = contents(run_dir)
+    before, settings = contents(run_dir), (run_dir / "config.yaml").read_text()
     said = train("trainer.steps=2", f"resume={run_dir}", "seed=1", code=2)
     assert said.startswith("longtrain: resume: ") and "seed" in said and said.count("\n") == 1
     said = train("trainer.steps=2", f"resume={run_dir}", "model.width=64", code=2)
@@ -101,6 +101,7 @@ def test_resume_refuses_other_data_and_other_models(tmp_path: Path) -> None:
     said = train("trainer.steps=2", f"resume={run_dir}", code=2)
     assert shard.name in said and said.count("\n") == 1
     assert contents(run_dir) == before
+    assert (run_dir / "config.yaml").read_text() == settings  # or the next resume would be refused too
 
 
 def contents(run_dir: Path) -> list[Path]:
