@@ -1,7 +1,22 @@
-"""The kernels of softmax attention that ship, as calls on tensors without data, for compile tests."""
+"""The kernels of softmax attention that ship, as calls on tensors without data, for compile tests.
 
-from collections.abc import Callable
+What a user can reach is a product: kernel (forward, dQ, dK/dV, and the small one that prepares backward), dtype, padded
+widths, ends as diagonals or vectors, softcap or none, writing, accumulating or repairing, a positive scale or another.
+The full list is a cover of it, for each of the three widths that have configurations of their own:
+
+- All of what takes registers at once and each of the two tables: vectors of ends (diagonals are computed instead of
+  loaded, the rest is the same code), with and without softcap, accumulating and not, in bfloat16.
+- Plain masks, which are called the most, and repairing after a vendor's kernel, which is that kernel behind a check.
+- float32, one table for writing and accumulating: the latter, which is the former and a load; softcap or none.
+- float16, bfloat16's configuration and code but for the conversions, which are cheaper: accumulating.
+- Widths that are padded, unequal widths, strides that are no multiple of 16, and scales that are not positive.
+
+What is left out differs from one of these in what it lacks.
+"""
+
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,48 +30,62 @@ _TOKENS = 1024
 def calls(*, full: bool) -> dict[str, Callable[[], None]]:
     """Calls by name, each launching a kernel or two in `launching.recording`; without `full` those that matter most."""
     half, other, single = torch.bfloat16, torch.float16, torch.float32
-    found: dict[str, Callable[[], None]] = {
-        "forward bfloat16 64": partial(_forward, 64, 64, half),
-        "forward bfloat16 128": partial(_forward, 128, 128, half),
-        "forward bfloat16 128 documents, accumulating": partial(_forward, 128, 128, half, packed=True, accumulate=True),
-        "forward bfloat16 256": partial(_forward, 256, 256, half),
-        "forward float32 128": partial(_forward, 128, 128, single),
-        "backward bfloat16 128 documents, accumulating": partial(
-            _backward, 128, 128, half, packed=True, accumulate=True
-        ),
-        "backward bfloat16 256": partial(_backward, 256, 256, half),
-    }
+    found: dict[str, Callable[[], None]] = {}
+
+    def add(*passes: str, widths: tuple[int, int], dtype: torch.dtype, **options: Any) -> None:
+        name = f"{str(dtype).removeprefix('torch.')} {_name(*widths, **options)}"
+        for one in passes:
+            run = {"forward": _forward, "backward": _backward}[one]
+            found.setdefault(f"{one} {name}", partial(run, *widths, dtype, **options))
+
+    both = "forward", "backward"
+    most = {"packed": True, "accumulate": True}
+    add(*both, widths=(64, 64), dtype=half)
+    add(*both, widths=(128, 128), dtype=half)
+    add(*both, widths=(128, 128), dtype=half, **most)
+    add(*both, widths=(256, 256), dtype=half)
+    add(*both, widths=(128, 128), dtype=single, **most)
     if not full:
         return found
-    for width in (64, 128, 256):
-        for dtype in (half, other, single):
-            name = f"{str(dtype).removeprefix('torch.')} {width}"
-            found[f"forward {name}"] = partial(_forward, width, width, dtype)
-            found[f"backward {name}"] = partial(_backward, width, width, dtype)
-        for packed, accumulate in ((True, False), (True, True), (False, True)):
-            options = {"packed": packed, "accumulate": accumulate}
-            name = f"bfloat16 {width}{', documents' * packed}{', accumulating' * accumulate}"
-            found[f"forward {name}"] = partial(_forward, width, width, half, **options)
-            found[f"backward {name}"] = partial(_backward, width, width, half, **options)
-        found[f"forward bfloat16 {width}, softcap"] = partial(_forward, width, width, half, softcap=30.0)
-        found[f"backward bfloat16 {width}, softcap"] = partial(_backward, width, width, half, softcap=30.0)
-        found[f"forward bfloat16 {width}, softcap, documents"] = partial(
-            _forward, width, width, half, softcap=30.0, packed=True
-        )
-        found[f"backward bfloat16 {width}, softcap, documents"] = partial(
-            _backward, width, width, half, softcap=30.0, packed=True
-        )
-        found[f"forward bfloat16 {width}, repairing"] = partial(_forward, width, width, half, repair=True)
-        found[f"backward bfloat16 {width}, repairing"] = partial(_backward, width, width, half, repair=True)
+    for widths in ((64, 64), (128, 128), (256, 256)):
+        for options in _most_options():
+            add(*both, widths=widths, dtype=half, **options)
         for softcap in (None, 30.0):
-            name = f"float32 {width}{', softcap' if softcap else ''}, documents"
-            found[f"forward {name}"] = partial(_forward, width, width, single, packed=True, softcap=softcap)
-            found[f"backward {name}"] = partial(_backward, width, width, single, packed=True, softcap=softcap)
-    found["forward bfloat16 K 192 V 128"] = partial(_forward, 192, 128, half)
-    found["backward bfloat16 K 192 V 128"] = partial(_backward, 192, 128, half)
-    found["forward bfloat16 K 80 V 80"] = partial(_forward, 80, 80, half)
-    found["backward bfloat16 K 80 V 80"] = partial(_backward, 80, 80, half)
+            add(*both, widths=widths, dtype=single, **most, softcap=softcap)
+        add(*both, widths=widths, dtype=other, **most)
+        add("forward", widths=widths, dtype=half, scale=-0.1)
+    for widths in ((80, 80), (192, 128), (44, 20)):
+        add(*both, widths=widths, dtype=half, **most)
     return found
+
+
+def _most_options() -> Iterator[dict[str, Any]]:
+    for softcap in (None, 30.0):
+        for accumulate in (False, True):
+            yield {"packed": True, "accumulate": accumulate, "softcap": softcap}
+    yield {}
+    yield {"repair": True}
+
+
+def _name(
+    width: int,
+    value_width: int,
+    *,
+    packed: bool = False,
+    accumulate: bool = False,
+    softcap: float | None = None,
+    repair: bool = False,
+    scale: float = 0.1,
+) -> str:
+    parts = {
+        "softcap": softcap is not None,
+        "documents": packed,
+        "accumulating": accumulate,
+        "repairing": repair,
+        "negative scale": scale < 0,
+    }
+    widths = str(width) if width == value_width else f"K {width} V {value_width}"
+    return ", ".join([widths, *(name for name, holds in parts.items() if holds)])
 
 
 def _forward(
@@ -68,11 +97,12 @@ def _forward(
     accumulate: bool = False,
     softcap: float | None = None,
     repair: bool = False,
+    scale: float = 0.1,
 ) -> None:
     q, k, v, out = _tensors(width, value_width, dtype)
     out = out.to(torch.float32) if accumulate else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="meta")
-    options = {"scale": 0.1, "softcap": softcap, "accumulate": accumulate, "repair": repair}
+    options = {"scale": scale, "softcap": softcap, "accumulate": accumulate, "repair": repair}
     triton_impl.forward(q, k, v, _intervals(packed), out=out, lse=lse, **options)
 
 
@@ -85,6 +115,7 @@ def _backward(
     accumulate: bool = False,
     softcap: float | None = None,
     repair: bool = False,
+    scale: float = 0.1,
 ) -> None:
     q, k, v, out = _tensors(width, value_width, dtype)
     state = torch.float32 if accumulate else dtype
@@ -99,7 +130,7 @@ def _backward(
         lse=lse,
         dout=out.to(state),
         dlse=lse if accumulate else None,
-        scale=0.1,
+        scale=scale,
         softcap=softcap,
         dq=dq,
         dk=dk,

@@ -28,7 +28,10 @@ from longtrain.kernels.softmax_attention.triton_common import (
     ends_of,
     finite_part,
     is_finite,
+    load_block,
+    load_numbers,
     load_rows,
+    rows_again,
     stretches,
     write,
 )
@@ -110,12 +113,19 @@ def _dq_blocks(
     dq,
     q,
     dout,
+    q_block,
+    dout_block,
+    inside,
     exponent,
     delta,
     k_ptr,
     v_ptr,
     k_row,
     v_row,
+    k_blocks,
+    v_blocks,
+    batch,
+    group,
     first,
     head,
     middle,
@@ -132,6 +142,7 @@ def _dq_blocks(
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """`count` blocks of keys, in the middle or MASKED, added to a block's dq / scale."""
@@ -140,12 +151,21 @@ def _dq_blocks(
     columns_k, columns_v = tl.arange(0, PADDED_K), tl.arange(0, PADDED_V)
     k_places = rows[:, None] * k_row + columns_k[None, :]
     v_places = rows[:, None] * v_row + columns_v[None, :]
-    for index in range(0, count):
+    RELOAD: tl.constexpr = q.dtype == tl.float32  # see `triton_common`
+    for index in tl.range(0, count, disable_licm=RELOAD):
+        if RELOAD:
+            q = load_rows(q_block, inside, columns_k, K, PADDED_K, True)
+            dout = load_rows(dout_block, inside, columns_v, V, PADDED_V, True)
         start = block_start(index, first, head, middle, BLOCK_N, EDGE, MASKED)
         key = start + rows
         wide = tl.cast(start, tl.int64)
-        k = load_rows(k_ptr + wide * k_row + k_places, key < keys, columns_k, K, PADDED_K, MASKED)
-        v = load_rows(v_ptr + wide * v_row + v_places, key < keys, columns_v, V, PADDED_V, MASKED)
+        k_block, v_block = k_ptr + wide * k_row + k_places, v_ptr + wide * v_row + v_places
+        k = load_block(
+            k_blocks, batch, group, start, k_block, key < keys, columns_k, K, SIZE, PADDED_K, MASKED, DESCRIPTORS
+        )
+        v = load_block(
+            v_blocks, batch, group, start, v_block, key < keys, columns_v, V, SIZE, PADDED_V, MASKED, DESCRIPTORS
+        )
         seen = (lo[:, None] <= key[None, :]) & (key[None, :] < hi[:, None])
         poison = seen
         if MASKED:
@@ -172,6 +192,8 @@ def dq_kernel(
     exponent_ptr,
     delta_ptr,
     dq_ptr,
+    k_blocks,
+    v_blocks,
     lo_ptr,
     hi_ptr,
     lo_shift,
@@ -205,23 +227,27 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     VECTORS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     REPAIR: tl.constexpr,
 ):
-    """dq [B, T, H, K]; grid (blocks of queries * H, B). ACCUMULATE: added to it. REPAIR: only where it isn't finite."""
+    """dq [B, T, H, K]; grid (blocks of queries * H, B). ACCUMULATE: added to it. REPAIR: only where it isn't finite.
+
+    k_blocks, v_blocks, and q_blocks and dout_blocks of `dkdv_kernel`: see `load_block`.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
-    head, batch = tl.program_id(0) % heads, tl.program_id(1)
+    head, batch_index = tl.program_id(0) % heads, tl.program_id(1)
     begin = (blocks - 1 - tl.program_id(0) // heads) * BLOCK_M
     end = tl.minimum(begin + BLOCK_M, queries) - 1
-    group = (head // share).to(tl.int64)
+    group_index = head // share
     row = begin + tl.arange(0, BLOCK_M)
     inside = row < queries
     wide_row = row.to(tl.int64)
     columns_k, columns_v = tl.arange(0, PADDED_K), tl.arange(0, PADDED_V)
-    place = (batch * heads + head).to(tl.int64) * queries + wide_row
-    head, batch = head.to(tl.int64), batch.to(tl.int64)
+    place = (batch_index * heads + head).to(tl.int64) * queries + wide_row
+    group, head, batch = group_index.to(tl.int64), head.to(tl.int64), batch_index.to(tl.int64)
 
     lo_a, hi_a = ends_of(begin, queries, lo_ptr, hi_ptr, lo_shift, hi_shift, keys, VECTORS)
     lo_b, hi_b = ends_of(end, queries, lo_ptr, hi_ptr, lo_shift, hi_shift, keys, VECTORS)
@@ -249,12 +275,19 @@ def dq_kernel(
             dq,
             q,
             dout,
+            q_block,
+            dout_block,
+            inside,
             exponent,
             delta,
             k_ptr,
             v_ptr,
             k_row,
             v_row,
+            k_blocks,
+            v_blocks,
+            batch_index,
+            group_index,
             lo_a,
             head_blocks,
             middle_blocks,
@@ -271,8 +304,10 @@ def dq_kernel(
             BLOCK_N,
             EDGE,
             SOFTCAP,
+            DESCRIPTORS,
             masked == 1,
         )
+    row, inside = rows_again(begin, queries, BLOCK_M)
     write(dq_ptr, row, dq_row, inside, dq * out_scale, K, PADDED_K, ACCUMULATE)
 
 
@@ -282,6 +317,9 @@ def _dkdv_blocks(
     dv,
     k,
     v,
+    k_block,
+    v_block,
+    keys_inside,
     q_ptr,
     dout_ptr,
     exponent_ptr,
@@ -290,6 +328,10 @@ def _dkdv_blocks(
     q_head,
     dout_row,
     dout_head,
+    q_blocks,
+    dout_blocks,
+    batch,
+    group,
     share,
     begin,
     head,
@@ -307,15 +349,21 @@ def _dkdv_blocks(
     BLOCK_M: tl.constexpr,
     EDGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """`count` blocks of queries, in the middle or MASKED, of `share` heads, added to a block's dk / scale and dv."""
     SIZE: tl.constexpr = EDGE if MASKED else BLOCK_M
+    STAGES: tl.constexpr = 1 if MASKED else None  # masks take the registers that a pipeline would need
     rows = tl.arange(0, SIZE)
     columns_k, columns_v = tl.arange(0, PADDED_K), tl.arange(0, PADDED_V)
     q_places = rows[:, None] * q_row + columns_k[None, :]
     dout_places = rows[:, None] * dout_row + columns_v[None, :]
-    for index in range(0, count * share):
+    RELOAD: tl.constexpr = k.dtype == tl.float32  # see `triton_common`
+    for index in tl.range(0, count * share, num_stages=STAGES, disable_licm=RELOAD):
+        if RELOAD:
+            k = load_rows(k_block, keys_inside, columns_k, K, PADDED_K, True)
+            v = load_rows(v_block, keys_inside, columns_v, V, PADDED_V, True)
         start = block_start(index % count, begin, head, middle, BLOCK_M, EDGE, MASKED)
         query = start + rows
         inside = query < queries
@@ -323,23 +371,24 @@ def _dkdv_blocks(
         q_block = q_ptr + (member * q_head + wide * q_row) + q_places
         dout_block = dout_ptr + (member * dout_head + wide * dout_row) + dout_places
         numbers = member * queries + start
-        q = load_rows(q_block, inside, columns_k, K, PADDED_K, MASKED)
-        dout = load_rows(dout_block, inside, columns_v, V, PADDED_V, MASKED)
+        one = group * share + index // count
+        q = load_block(q_blocks, batch, one, start, q_block, inside, columns_k, K, SIZE, PADDED_K, MASKED, DESCRIPTORS)
+        dout = load_block(
+            dout_blocks, batch, one, start, dout_block, inside, columns_v, V, SIZE, PADDED_V, MASKED, DESCRIPTORS
+        )
         seen = (first[:, None] <= query[None, :]) & (query[None, :] < stop[:, None])
         poison = seen
         if MASKED:
             q, bad_q = finite_part(q)
             dout, bad_dout = finite_part(dout)
             poison = ((bad_q + bad_dout) > 0)[None, :]
-            exponent = tl.load(exponent_ptr + numbers + rows, mask=inside, other=0.0)
-            delta = tl.load(delta_ptr + numbers + rows, mask=inside, other=0.0)
-        else:
-            exponent = tl.load(exponent_ptr + numbers + rows)
-            delta = tl.load(delta_ptr + numbers + rows)
+        # Every thread holds a share of these two for each of its rows: each is loaded where it is needed.
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        exponent = load_numbers(exponent_ptr + numbers + rows, inside, MASKED)
         p, slope = _weights(s, exponent[None, :], poison, seen, scale, softcap, SOFTCAP, MASKED)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        delta = load_numbers(delta_ptr + numbers + rows, inside, MASKED)
         dt = p * (dp - delta[None, :])
         if SOFTCAP:
             dt *= slope
@@ -359,6 +408,8 @@ def dkdv_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    q_blocks,
+    dout_blocks,
     first_ptr,
     stop_ptr,
     first_shift,
@@ -395,6 +446,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     VECTORS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -402,27 +454,25 @@ def dkdv_kernel(
 ):
     """dk [B, S, G, K] and dv [B, S, G, V]; grid (blocks of keys * G, B). ACCUMULATE, REPAIR as in `dq_kernel`."""
     # The first keys, which the most queries see under a causal mask, come first.
-    group, batch = tl.program_id(0) % groups, tl.program_id(1)
+    group_index, batch_index = tl.program_id(0) % groups, tl.program_id(1)
     begin = (tl.program_id(0) // groups) * BLOCK_N
     end = tl.minimum(begin + BLOCK_N, keys) - 1
     row = begin + tl.arange(0, BLOCK_N)
     inside = row < keys
     wide_row = row.to(tl.int64)
     columns_k, columns_v = tl.arange(0, PADDED_K), tl.arange(0, PADDED_V)
-    place = (batch * groups + group).to(tl.int64) * share * queries
-    group, batch = group.to(tl.int64), batch.to(tl.int64)
+    place = (batch_index * groups + group_index).to(tl.int64) * share * queries
+    group, batch = group_index.to(tl.int64), batch_index.to(tl.int64)
 
     first_a, stop_a = ends_of(begin, keys, first_ptr, stop_ptr, first_shift, stop_shift, queries, VECTORS)
     first_b, stop_b = ends_of(end, keys, first_ptr, stop_ptr, first_shift, stop_shift, queries, VECTORS)
-    first, stop = ends_of(row, keys, first_ptr, stop_ptr, first_shift, stop_shift, queries, VECTORS)
-    dk_ptr += batch * dk_batch + group * dk_head
-    dv_ptr += batch * dv_batch + group * dv_head
     if ACCUMULATE:
         if first_a >= stop_b:
             return
     if REPAIR:
-        finite = is_finite(dk_ptr, row, dk_row, inside, K, PADDED_K)
-        if finite & is_finite(dv_ptr, row, dv_row, inside, V, PADDED_V):
+        dk_place, dv_place = batch * dk_batch + group * dk_head, batch * dv_batch + group * dv_head
+        finite = is_finite(dk_ptr + dk_place, row, dk_row, inside, K, PADDED_K)
+        if finite & is_finite(dv_ptr + dv_place, row, dv_row, inside, V, PADDED_V):
             return
 
     k_block = k_ptr + batch * k_batch + group * k_head + wide_row[:, None] * k_row + columns_k[None, :]
@@ -430,18 +480,28 @@ def dkdv_kernel(
     k = load_rows(k_block, inside, columns_k, K, PADDED_K, True)
     v = load_rows(v_block, inside, columns_v, V, PADDED_V, True)
     dk = tl.zeros([BLOCK_N, PADDED_K], tl.float32)
-    dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
+    if ACCUMULATE:  # from the start: at the end both results and one more would be in registers
+        dv_block = dv_ptr + batch * dv_batch + group * dv_head + wide_row[:, None] * dv_row + columns_v[None, :]
+        dv = load_rows(dv_block, inside, columns_v, V, PADDED_V, True)
+    else:
+        dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
     q_ptr += batch * q_batch + group * share * q_head
     dout_ptr += batch * dout_batch + group * share * dout_head
     exponent_ptr += place
     delta_ptr += place
     head_blocks, middle_blocks, tail_blocks = stretches(first_a, stop_a, first_b, stop_b, BLOCK_M, EDGE)
+    first, stop = row, row
     for masked in tl.static_range(2):
+        if masked:  # not before: registers are short among the full blocks
+            first, stop = ends_of(row, keys, first_ptr, stop_ptr, first_shift, stop_shift, queries, VECTORS)
         dk, dv = _dkdv_blocks(
             dk,
             dv,
             k,
             v,
+            k_block,
+            v_block,
+            inside,
             q_ptr,
             dout_ptr,
             exponent_ptr,
@@ -450,6 +510,10 @@ def dkdv_kernel(
             q_head,
             dout_row,
             dout_head,
+            q_blocks,
+            dout_blocks,
+            batch_index,
+            group_index,
             share,
             first_a,
             head_blocks,
@@ -467,7 +531,11 @@ def dkdv_kernel(
             BLOCK_M,
             EDGE,
             SOFTCAP,
+            DESCRIPTORS,
             masked == 1,
         )
-    write(dv_ptr, row, dv_row, inside, dv, V, PADDED_V, ACCUMULATE)
+    row, inside = rows_again(begin, keys, BLOCK_N)
+    dk_ptr += batch * dk_batch + group * dk_head
+    dv_ptr += batch * dv_batch + group * dv_head
+    write(dv_ptr, row, dv_row, inside, dv, V, PADDED_V, False)
     write(dk_ptr, row, dk_row, inside, dk * out_scale, K, PADDED_K, ACCUMULATE)

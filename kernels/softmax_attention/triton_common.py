@@ -1,4 +1,8 @@
-"""What the kernels of softmax attention share: who sees whom in a block, scores, and containment of NaN and inf."""
+"""What the kernels of softmax attention share: who sees whom in a block, scores, and containment of NaN and inf.
+
+A float32 product has no tensor cores: each thread holds whole rows of both factors in registers. The factor that stays
+the same in a loop would be kept there, a width of registers for each of its rows, so such loops load it anew (RELOAD).
+"""
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false
@@ -62,6 +66,40 @@ def load_rows(pointers, rows_inside, columns, WIDTH: tl.constexpr, PADDED: tl.co
 
 
 @triton.jit
+def load_numbers(pointers, inside, CHECKED: tl.constexpr):
+    """A number for each row; 0 where rows are CHECKED and it lies outside."""
+    if CHECKED:
+        return tl.load(pointers, mask=inside, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_block(
+    blocks,
+    batch,
+    head,
+    start,
+    pointers,
+    rows_inside,
+    columns,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """`load_rows`, or, where rows need no check and there are DESCRIPTORS, by the tensor memory accelerator.
+
+    blocks: the descriptor of [B, H, T, width] in blocks of [1, 1, ROWS, PADDED]. One thread asks for the whole block,
+    so that no thread holds its addresses.
+    """
+    if DESCRIPTORS:
+        if not CHECKED:
+            return tl.reshape(blocks.load([batch, head, start, 0]), [ROWS, PADDED])
+    return load_rows(pointers, rows_inside, columns, WIDTH, PADDED, CHECKED)
+
+
+@triton.jit
 def finite_part(x):
     """x with 0 for each NaN and inf, and which of its vectors held one (1) or none (0)."""
     finite = tl.abs(x.to(tl.float32)) < float("inf")
@@ -85,6 +123,17 @@ def is_finite(base, row, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constex
     block = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
     numbers = tl.load(block, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0).to(tl.float32)
     return tl.sum(tl.sum(tl.where(tl.abs(numbers) < float("inf"), 0, 1), axis=1), axis=0) == 0
+
+
+@triton.jit
+def rows_again(begin, size, BLOCK: tl.constexpr):
+    """The block's rows, and which are inside, as numbers that the compiler cannot tell to be the same as before.
+
+    Otherwise it would keep them, and the pointers to what is read before the loops and written after them, in registers
+    meanwhile.
+    """
+    row = begin + tl.minimum(size, 0) + tl.arange(0, BLOCK)
+    return row, row < size
 
 
 @triton.jit

@@ -31,7 +31,9 @@ from longtrain.kernels.softmax_attention.triton_common import (
     ends_of,
     finite_part,
     is_finite,
+    load_block,
     load_rows,
+    rows_again,
     stretches,
     write,
 )
@@ -43,10 +45,16 @@ def _attend(
     total,
     largest,
     q,
+    q_block,
+    inside,
     k_ptr,
     v_ptr,
     k_row,
     v_row,
+    k_blocks,
+    v_blocks,
+    batch,
+    group,
     first,
     head,
     middle,
@@ -64,6 +72,7 @@ def _attend(
     EDGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     POSITIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """`count` blocks of keys, in the middle or MASKED, for a block of queries: (acc, total, largest) = (o, l, m)."""
@@ -72,13 +81,21 @@ def _attend(
     columns_k, columns_v = tl.arange(0, PADDED_K), tl.arange(0, PADDED_V)
     k_places = rows[:, None] * k_row + columns_k[None, :]
     v_places = rows[:, None] * v_row + columns_v[None, :]
-    for index in range(0, count):
+    RELOAD: tl.constexpr = q.dtype == tl.float32  # see `triton_common`
+    for index in tl.range(0, count, disable_licm=RELOAD):
+        if RELOAD:
+            q = load_rows(q_block, inside, columns_k, K, PADDED_K, True)
         start = block_start(index, first, head, middle, BLOCK_N, EDGE, MASKED)
         key = start + rows
         wide = tl.cast(start, tl.int64)
-        k = load_rows(k_ptr + wide * k_row + k_places, key < keys, columns_k, K, PADDED_K, MASKED)
+        k_block, v_block = k_ptr + wide * k_row + k_places, v_ptr + wide * v_row + v_places
+        k = load_block(
+            k_blocks, batch, group, start, k_block, key < keys, columns_k, K, SIZE, PADDED_K, MASKED, DESCRIPTORS
+        )
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        v = load_rows(v_ptr + wide * v_row + v_places, key < keys, columns_v, V, PADDED_V, MASKED)
+        v = load_block(
+            v_blocks, batch, group, start, v_block, key < keys, columns_v, V, SIZE, PADDED_V, MASKED, DESCRIPTORS
+        )
         if SOFTCAP:
             s = capped_tanh(s * scale) * softcap  # scale holds 1 / softcap, softcap log2(e)
         elif MASKED or not POSITIVE:
@@ -110,6 +127,8 @@ def forward_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
+    k_blocks,
+    v_blocks,
     lo_ptr,
     hi_ptr,
     lo_shift,
@@ -142,6 +161,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     VECTORS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     POSITIVE: tl.constexpr,
@@ -152,15 +172,15 @@ def forward_kernel(
 
     ACCUMULATE: out and lse hold the result of earlier keys; a query that sees none of these is left untouched.
     Otherwise they are only written, with 0 and -inf for a query that sees none. REPAIR: they hold another kernel's
-    result; only blocks in which out is not finite are computed.
+    result; only blocks in which out is not finite are computed. k_blocks, v_blocks: see `load_block`.
     """
     # Neighbouring programs share keys; the last queries, which see the most under a causal mask, come first.
     blocks = tl.cdiv(queries, BLOCK_M)
-    head, batch = tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
+    head, batch_index = tl.program_id(0) % heads, tl.program_id(1)
     begin = (blocks - 1 - tl.program_id(0) // heads) * BLOCK_M
     end = tl.minimum(begin + BLOCK_M, queries) - 1
-    group = (head // share).to(tl.int64)
-    head = head.to(tl.int64)
+    group_index = head // share
+    group, head, batch = group_index.to(tl.int64), head.to(tl.int64), batch_index.to(tl.int64)
     row = begin + tl.arange(0, BLOCK_M)
     inside = row < queries
     wide_row = row.to(tl.int64)
@@ -202,10 +222,16 @@ def forward_kernel(
             total,
             largest,
             q,
+            q_block,
+            inside,
             k_ptr,
             v_ptr,
             k_row,
             v_row,
+            k_blocks,
+            v_blocks,
+            batch_index,
+            group_index,
             lo_a,
             head_blocks,
             middle_blocks,
@@ -223,10 +249,12 @@ def forward_kernel(
             EDGE,
             SOFTCAP,
             POSITIVE,
+            DESCRIPTORS,
             masked == 1,
         )
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     lse = (tl.where(sees, largest, 0.0) + tl.log2(tl.where(sees, total, 1.0))) * LN2
+    row, inside = rows_again(begin, queries, BLOCK_M)
     if ACCUMULATE:
         inside = inside & sees
     else:

@@ -5,12 +5,15 @@ stands in `triton_forward` and `triton_backward`, the configurations in `configs
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.kernels import launching
 from longtrain.kernels.intervals import KeyIntervals
+from longtrain.kernels.launching import Config
 from longtrain.kernels.softmax_attention import configs, triton_backward, triton_forward
 from longtrain.kernels.softmax_attention.device_intervals import Ends, ends
 
@@ -40,7 +43,9 @@ def forward(
     q, k, v = _common(q, k, v)
     seen, _ = ends(intervals, q.device)
     wider = max(q.shape[3], v.shape[3])
-    config = configs.config("forward", device=q.device, dtype=q.dtype, width=wider, accumulate=accumulate)
+    variant = {"accumulate": accumulate, "softcap": softcap is not None}
+    config = configs.config("forward", device=q.device, dtype=q.dtype, width=wider, **variant)
+    config, blocks = _described(config, "BLOCK_N", k, v)
     batch, queries, heads, _ = q.shape
     scores, cap = _exponents(scale, softcap)
     launching.launch(
@@ -51,6 +56,7 @@ def forward(
         v,
         out,
         lse,
+        *blocks,
         *_ends(seen),
         queries,
         k.shape[1],
@@ -102,7 +108,9 @@ def backward(
     scores, cap = _exponents(scale, softcap)
     shared = {"SOFTCAP": softcap is not None, "ACCUMULATE": accumulate, "REPAIR": repair, **_widths(q, v)}
     sizes = queries, keys
-    config = configs.config("dkdv", device=q.device, dtype=q.dtype, width=wider, accumulate=accumulate)
+    variant = {"accumulate": accumulate, "softcap": softcap is not None}
+    config = configs.config("dkdv", device=q.device, dtype=q.dtype, width=wider, **variant)
+    config, blocks = _described(config, "BLOCK_M", q, dout)
     launching.launch(
         triton_backward.dkdv_kernel,
         (groups * -(-keys // config.constants["BLOCK_N"]), batch),
@@ -114,6 +122,7 @@ def backward(
         delta,
         dk,
         dv,
+        *blocks,
         *_ends(seeing),
         *sizes,
         groups,
@@ -126,7 +135,8 @@ def backward(
         VECTORS=seeing.first is not None,
         **shared,
     )
-    config = configs.config("dq", device=q.device, dtype=q.dtype, width=wider, accumulate=accumulate)
+    config = configs.config("dq", device=q.device, dtype=q.dtype, width=wider, **variant)
+    config, blocks = _described(config, "BLOCK_N", k, v)
     launching.launch(
         triton_backward.dq_kernel,
         (heads * -(-queries // config.constants["BLOCK_M"]), batch),
@@ -137,6 +147,7 @@ def backward(
         exponent,
         delta,
         dq,
+        *blocks,
         *_ends(seen),
         *sizes,
         heads,
@@ -182,6 +193,33 @@ def _prepared(
         DLSE=dlse is not None,
     )
     return dout if cast is None else cast, delta, exponent
+
+
+def _described(config: Config, size: str, *tensors: Tensor) -> tuple[Config, list[Any]]:
+    """Descriptors of [B, T, H, width] tensors for the tensor memory accelerator, as `load_block` wants them, or None.
+
+    Each takes blocks of config.constants[size] tokens. Where the configuration wants them but a tensor lies at an
+    address or has strides that are no multiple of 16 bytes, which the accelerator needs, the kernel loads by pointers.
+    """
+    wanted = config.constants["DESCRIPTORS"] and all(_describable(x) for x in tensors)
+    config = replace(config, constants={**config.constants, "DESCRIPTORS": wanted})
+    if not wanted:
+        return config, [None] * len(tensors)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, made = config.constants[size], []
+    for x in tensors:
+        batch, tokens, heads, width = x.shape
+        # Of a dimension of size 1 torch leaves the stride open; any that is allowed will do.
+        strides = [x.stride(dim) if x.shape[dim] > 1 else 16 for dim in (0, 2, 1)]
+        blocks = [1, 1, rows, _padded(width)]
+        made.append(TensorDescriptor(x, [batch, heads, tokens, width], [*strides, 1], blocks))
+    return config, made
+
+
+def _describable(x: Tensor) -> bool:
+    strides = [x.stride(dim) * x.element_size() for dim in range(3) if x.shape[dim] > 1]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

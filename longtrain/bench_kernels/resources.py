@@ -43,6 +43,7 @@ class Resources:
     spills: int
     shared: int
     tensor_cores: str  # the matrix instructions in it: "wgmma", "mma", "tcgen05", "mfma" or "none"
+    halves: bool  # whether it takes tensors in half precision
 
 
 def compile_launch(launch: Launch, architecture: str) -> Resources:
@@ -55,18 +56,19 @@ def compile_launch(launch: Launch, architecture: str) -> Resources:
     target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture[3:]), 32)
     signature, constants, attributes = _specialised(launch)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    halves = any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     if hip:
         text = compiled.asm["amdgcn"]
         spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
         registers = _number(r"\.vgpr_count:\s*(\d+)", text)
-        return Resources(registers, spills, compiled.metadata.shared, "mfma" if "v_mfma" in text else "none")
+        return Resources(registers, spills, compiled.metadata.shared, "mfma" if "v_mfma" in text else "none", halves)
     registers, stack = _usage(compiled.asm["cubin"])
     assembly = compiled.asm["ptx"]
     found = [name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in assembly]
     kind = {"tcgen05.mma": "tcgen05", "wgmma.mma": "wgmma", "mma.sync": "mma"}[found[0]] if found else "none"
-    return Resources(registers, stack, compiled.metadata.shared, kind)
+    return Resources(registers, stack, compiled.metadata.shared, kind, halves)
 
 
 def operators() -> list[str]:

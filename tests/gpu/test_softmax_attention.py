@@ -11,7 +11,7 @@ from longtrain.kernels import softmax_attention
 from longtrain.kernels.intervals import KeyIntervals
 from longtrain.kernels.softmax_attention import attention_backward, attention_forward, configs, operators
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
-from tests.kernels.dense import offsets
+from tests.kernels.dense import dense_mask, offsets
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -41,11 +41,43 @@ def lost(got: list[Tensor], true: list[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, true, strict=True)]
 
 
-def check(got: list[Tensor], true: list[Tensor], rival: list[Tensor]) -> None:
-    for name, error, allowed in zip(("out", "lse", "dq", "dk", "dv"), lost(got, true), lost(rival, true), strict=True):
-        # Weights and their gradients are rounded to halves before they enter a product: that is the kernels' own loss.
-        budget = max(4 * allowed, 1e-5) if got[0].dtype == torch.float32 else max(4 * allowed, 1e-4)
-        assert error <= budget, (name, error, allowed)
+def dense(
+    given: list[Tensor],
+    upstream: list[Tensor],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    **mask: Any,
+) -> list[Tensor]:
+    """out, lse, dq, dk, dv as a plain computation on [B, H, T, S] in the inputs' dtype finds them: what that loses.
+
+    lse, which the operator promises in float32, from scores in float32. mask: causal, window, cu_seqlens.
+    """
+    q, k, v = (x.detach().clone().requires_grad_() for x in given)
+    queries, share = q.shape[1], q.shape[2] // k.shape[2]
+    ends = offsets([queries]) if (given_ends := mask.get("cu_seqlens")) is None else given_ends.numpy()
+    limits = {"causal": mask.get("causal", True), "window": mask.get("window")}
+    seen = torch.from_numpy(dense_mask(**limits, query_offsets=ends, key_offsets=ends)).to(q.device)
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        found = torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(share, 2))
+        found = found * (q.shape[3] ** -0.5 if scale is None else scale)
+        found = found if softcap is None else softcap * torch.tanh(found / softcap)
+        return found.masked_fill(~seen, -torch.inf)
+
+    state = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.einsum("bhts,bshv->bthv", scores(q, k).softmax(-1), v.repeat_interleave(share, 2))
+    lse = scores(q.to(state), k.to(state)).logsumexp(-1).transpose(1, 2)
+    used = [out, lse][: len(upstream)]
+    found = torch.autograd.grad(used, [q, k, v], [x.to(y.dtype) for x, y in zip(upstream, used, strict=True)])
+    return [out, lse, *found]
+
+
+def check(got: list[Tensor], true: list[Tensor], plain: list[Tensor]) -> None:
+    """Loses at most four times what the plain computation in the same dtype loses on the same input."""
+    names = ("out", "lse", "dq", "dk", "dv")[: len(got)]
+    for name, error, allowed in zip(names, lost(got, true), lost(plain, true), strict=True):
+        assert error <= 4 * allowed, (name, error, allowed)
 
 
 @cover(
@@ -66,8 +98,8 @@ def check(got: list[Tensor], true: list[Tensor], rival: list[Tensor]) -> None:
 def test_kernels_are_the_reference(case) -> None:
     given, upstream = inputs((1, 1024, *case["heads"], *case["width"]), case["dtype"])
     true = solve(given, upstream, torch.float64, "torch", **case["mask"])
-    rival = solve(given, upstream, case["dtype"], "torch", **case["mask"])
-    check(solve(given, upstream, case["dtype"], "triton", **case["mask"]), true, rival)
+    plain = dense(given, upstream, **case["mask"])
+    check(solve(given, upstream, case["dtype"], "triton", **case["mask"]), true, plain)
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -78,21 +110,22 @@ def test_vendors_are_the_reference(vendor: str, causal: bool, width: int, monkey
     given, upstream = inputs((2, 700, 4, 2, width, width), torch.bfloat16)
     for part in (upstream, upstream[:1]):  # with a gradient of lse, Triton's backward takes over
         true = solve(given, part, torch.float64, "torch", causal=causal)
-        rival = solve(given, part, torch.bfloat16, "torch", causal=causal)
-        check(solve(given, part, torch.bfloat16, "auto", causal=causal), true, rival)
+        check(solve(given, part, torch.bfloat16, "auto", causal=causal), true, dense(given, part, causal=causal))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_nan_stays_with_those_who_see_it(backend: str, place: int) -> None:
     given, upstream = inputs((1, 512, 4, 2, 64, 64), torch.bfloat16)
+    true = solve(given, upstream[:1], torch.float64, "torch")
+    plain = dense(given, upstream[:1])
     clean = solve(given, upstream[:1], torch.bfloat16, "triton")
     given[place] = given[place].clone()
     given[place][0, 300, 1, 5] = torch.nan
     dirty = solve(given, upstream[:1], torch.bfloat16, backend)
-    tolerance = 0.0 if backend == "triton" else 2e-2
-    for x, y in zip(dirty[:3], clean[:3], strict=True):  # out, lse, dq of queries before it
-        torch.testing.assert_close(x[:, :300], y[:, :300], rtol=tolerance, atol=tolerance)
+    before = [[x[:, :300] for x in found[:3]] for found in (dirty, true, plain, clean)]  # out, lse, dq
+    check(*before[:3])  # by which of the kernels "auto" finds what it holds is open
+    assert backend == "auto" or all(torch.equal(x, y) for x, y in zip(before[0], before[3], strict=True))
     assert dirty[0][:, 300].isnan().any() and all(x[:, :, :1].isfinite().all() for x in dirty[3:])
 
 
@@ -120,7 +153,7 @@ def test_sets_of_keys_merge_and_runs_repeat() -> None:
         results.append([out, lse, dq, dk, dv])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     true = solve(given, upstream, torch.float64, "torch")
-    check(results[0], true, solve(given, upstream, torch.bfloat16, "torch"))
+    check(results[0], true, dense(given, upstream))
 
 
 def test_more_than_two_to_the_31_elements() -> None:
@@ -131,5 +164,6 @@ def test_more_than_two_to_the_31_elements() -> None:
     options: dict[str, Any] = {"causal": True, "left": 64, "right": None, "scale": 0.1, "softcap": None}
     out, _ = operators.forward(q, k, v, None, None, **options, backend="triton", wide=False)
     tail = [x[:, -256:].contiguous() for x in (q, k, v)]
+    plain = dense(tail, [torch.zeros_like(tail[0])], window=(64, 0), scale=0.1)[0]
     true, _ = softmax_attention(*(x.double() for x in tail), window=(64, 0), scale=0.1, backend="torch")
-    assert float((out[:, -128:].double() - true[:, -128:]).norm() / true[:, -128:].norm()) < 1e-2
+    check(*([x[:, -128:]] for x in (out, true, plain)))

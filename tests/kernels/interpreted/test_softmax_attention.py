@@ -32,13 +32,18 @@ CASES = {
 }
 
 
-def use_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, others: int, edge: int) -> None:
-    """Blocks of `rows` that see blocks of `others`; on the edge of what is visible, of `edge`."""
+def use_blocks(
+    monkeypatch: pytest.MonkeyPatch, rows: int, others: int, edge: int, *, descriptors: bool = False
+) -> None:
+    """Blocks of `rows` that see blocks of `others`; on the edge of what is visible, of `edge`.
+
+    descriptors: loaded by tensor descriptors where they can be.
+    """
 
     def config(kernel: str, **_: Any) -> Config:
         queries, keys = (others, rows) if kernel == "dkdv" else (rows, others)
-        constants = {"BLOCK_M": 64} if kernel == "prepare" else {"BLOCK_M": queries, "BLOCK_N": keys, "EDGE": edge}
-        return Config(constants, num_warps=4, num_stages=1)
+        sizes = {"BLOCK_M": queries, "BLOCK_N": keys, "EDGE": edge, "DESCRIPTORS": descriptors}
+        return Config({"BLOCK_M": 64} if kernel == "prepare" else sizes, num_warps=4, num_stages=1)
 
     monkeypatch.setattr(configs, "config", config)
 
@@ -113,6 +118,56 @@ def test_nan_stays_with_those_who_see_it(case, middle_blocks):
         assert not dirty["out"].isfinite().all(-1)[forward].any()
         assert not dirty["dq"].isfinite().all(-1)[bad].any()
         assert not dirty["dk"].isfinite().all(-1)[bad_keys].any()
+
+
+def described(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each launch that could use descriptors does, as they come."""
+    found, real = [], triton_impl._described
+
+    def watched(*args: Any) -> Any:
+        config, blocks = real(*args)
+        found.append(config.constants["DESCRIPTORS"])
+        assert (None not in blocks) == found[-1]
+        return config, blocks
+
+    monkeypatch.setattr(triton_impl, "_described", watched)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bad", [None, "k", "dout"])
+def test_descriptors_change_nothing(layout, bad, monkeypatch):
+    tensors, options, _ = setup(layout)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    for name in ("q", "k", "v", "dout"):  # rows of a multiple of 16 bytes, as the accelerator wants them
+        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 8 - tensors[name].shape[3]))
+    if bad is not None:
+        tensors[bad][0, 11, 1, 2] = torch.nan
+    found = []
+    for descriptors in (False, True):
+        use_blocks(monkeypatch, 32, 16, 16, descriptors=descriptors)
+        used = described(monkeypatch)
+        found.append(solve(tensors, options, "triton"))
+        assert used and set(used) == {descriptors}
+    assert all(torch.equal(x.nan_to_num(7), found[1][name].nan_to_num(7)) for name, x in found[0].items())
+
+
+@pytest.mark.parametrize("place", ["address", "rows", "repeated"])
+def test_what_no_descriptor_can_name_is_loaded_by_pointers(place, monkeypatch):
+    use_blocks(monkeypatch, 16, 16, 16, descriptors=True)
+    used = described(monkeypatch)
+    q, k, v = torch.randn(1, 64, 4, 8), torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8)
+    true, _ = softmax_attention(q, k, v, backend="torch")
+    if place == "address":
+        k = torch.zeros(k.numel() + 1)[1:].view(k.shape).copy_(k)
+    elif place == "rows":
+        k = torch.zeros(1, 64, 2, 9)[..., :8].copy_(k)
+    else:
+        k, v = (x[:, :, :1].expand(-1, -1, 2, -1) for x in (k, v))
+        true, _ = softmax_attention(q, k, v, backend="torch")
+    out, _ = softmax_attention(q, k, v, backend="triton")
+    assert used == [False]
+    torch.testing.assert_close(out, true, rtol=1e-5, atol=1e-5)
 
 
 def test_queries_without_keys(middle_blocks):
