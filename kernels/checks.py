@@ -1,10 +1,13 @@
 """Checks of arguments that the operators share. Each raises a ValueError: "name: got ..., expected ..."."""
 
 import math
+import re
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from longtrain import debug
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +48,43 @@ def grouped_heads(heads: int, groups: int, *, name: str) -> None:
         raise ValueError(f"{name}: got {groups} heads, expected a divisor of q's {heads} heads")
 
 
+def linear_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses queries, keys [B, T, G, K] and values [B, T, H, V] that do not fit together, G a divisor of H."""
+    floating("q", q, "[B, T, G, K]")
+    floating("k", k, "[B, T, G, K]")
+    floating("v", v, "[B, T, H, V]")
+    batch, tokens, heads, _ = v.shape
+    sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
+    for name, x, width in (("q", q, None), ("k", k, q.shape[3])):
+        if x.shape[2] < 1 or heads % x.shape[2]:
+            raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
+        sizes(name, x, (batch, tokens, None, width), "[B, T, G, K], with v's B and T and one K for q and k,")
+
+
+def optional_log_decay(log_decay: Tensor | None, q: Tensor, v: Tensor, *, meanings: str) -> None:
+    """Refuses log-decays of other shapes than `meanings` names: "[H], [B, T, H] or [B, T, H, K]". None passes."""
+    if log_decay is None:
+        return
+    if not isinstance(log_decay, Tensor):
+        raise ValueError(f"log_decay: got {type(log_decay).__name__}, expected None or a tensor {meanings}")
+    if log_decay.dtype not in FLOATS:
+        raise ValueError(f"log_decay: got dtype {log_decay.dtype}, expected float64, float32, bfloat16 or float16")
+    known = {"[H]": (v.shape[2],), "[B, T, H]": tuple(v.shape[:3]), "[B, T, H, K]": (*v.shape[:3], q.shape[3])}
+    forms = [known[form] for form in re.findall(r"\[[^]]*\]", meanings)]
+    if tuple(log_decay.shape) not in forms:
+        expected = " or ".join(str(list(form)) for form in forms)
+        raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meanings}: {expected}")
+
+
+def never_positive(name: str, x: Tensor | None) -> None:
+    """Refuses numbers above 0; on a GPU, which would have to wait, only under `longtrain.debug.checks()`."""
+    if x is None or not (x.device.type == "cpu" or debug.enabled()):
+        return
+    positive = x > 0
+    if positive.any():
+        raise ValueError(f"{name}: got {x[positive].max():g}, expected no number above 0")
+
+
 def document_offsets(name: str, cu_seqlens: Tensor | np.ndarray | None, *, tokens: int, batch: int = 1) -> np.ndarray:
     """Document boundaries as numpy int64 [N+1]: `cu_seqlens` checked, or one document of all `tokens` where it is None.
 
@@ -67,6 +107,20 @@ def document_offsets(name: str, cu_seqlens: Tensor | np.ndarray | None, *, token
     if (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"{name}: got descending boundaries, expected boundaries that never decrease")
     return offsets.astype(np.int64)
+
+
+def operator_offsets(cu_seqlens: Tensor | np.ndarray | None, *, tokens: int, batch: int) -> Tensor:
+    """`document_offsets` as a registered operator takes them, a tensor int64 [N+1] on the CPU.
+
+    A compiler cannot look at their values: what is wrong with those, the operator says when it runs.
+    """
+    if cu_seqlens is None:
+        return torch.tensor([0, tokens])
+    if isinstance(cu_seqlens, Tensor) and torch.compiler.is_compiling():
+        if batch > 1:
+            raise ValueError(f"cu_seqlens: got it with {batch} batch rows, expected one row")
+        return cu_seqlens.detach().to("cpu", torch.int64)
+    return torch.from_numpy(document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch))
 
 
 def attention_window(window: object) -> tuple[int | None, int | None] | None:

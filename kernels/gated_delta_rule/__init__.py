@@ -48,8 +48,8 @@ def gated_delta_rule(
         each document starts anew. Best kept on the CPU: elsewhere the host waits to read it.
     backend: "auto", "triton", "torch" or "reference"; `longtrain.kernels.explain` tells what runs.
 
-    A NaN or inf never reaches another document, row or head. In its own it also reaches the up to 63 tokens before it
-    that are computed together with it ("torch" and "triton"; "reference" keeps it from them).
+    A NaN or inf reaches what depends on it and nothing else: no other document, row or head, no output before it, and
+    no gradient that it has no part in but, at its own token, those of v, beta and log_decay.
 
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
@@ -62,7 +62,7 @@ def gated_delta_rule(
         raise ValueError(f"return_state: got {return_state!r}, expected True or False")
     factor = checks.number("scale", scale)
     factor = q.shape[3] ** -0.5 if factor is None else factor
-    offsets = _offsets(cu_seqlens, tokens=tokens, batch=batch)
+    offsets = checks.operator_offsets(cu_seqlens, tokens=tokens, batch=batch)
     packed = cu_seqlens is not None
     if initial_state is not None:
         meaning = "[N, H, K, V]" if packed else "[B, H, K, V]"
@@ -72,7 +72,7 @@ def gated_delta_rule(
         checks.same_device(q=q, initial_state=initial_state)
         initial_state = initial_state[None] if packed else initial_state[:, None]  # [B, N, H, K, V]
     if backend == "reference":
-        operators.check_values(log_decay)
+        checks.never_positive("log_decay", log_decay)
         with without_autocast(q.device):
             out, state = reference.gated_delta_rule(
                 q, k, v, beta, log_decay, offsets.numpy(), scale=factor, initial_state=initial_state
@@ -93,40 +93,8 @@ def stages(backend: str):
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
     """Refuse, with a ValueError naming the argument, tensors that the gated delta rule cannot take: see there."""
-    checks.floating("q", q, "[B, T, G, K]")
-    checks.floating("k", k, "[B, T, G, K]")
-    checks.floating("v", v, "[B, T, H, V]")
-    batch, tokens, heads, _ = v.shape
-    checks.sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
-    for name, x, width in (("q", q, None), ("k", k, q.shape[3])):
-        if x.shape[2] < 1 or heads % x.shape[2]:
-            raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
-        checks.sizes(name, x, (batch, tokens, None, width), "[B, T, G, K], with v's B and T and one K for q and k,")
+    checks.linear_inputs(q, k, v)
     checks.floating("beta", beta, "[B, T, H]")
-    checks.sizes("beta", beta, (batch, tokens, heads), "[B, T, H]")
-    if log_decay is not None:
-        _check_log_decay(log_decay, q, v)
+    checks.sizes("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
+    checks.optional_log_decay(log_decay, q, v, meanings="[B, T, H] or [B, T, H, K]")
     checks.same_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay)
-
-
-def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
-    forms = (tuple(v.shape[:3]), (*v.shape[:3], q.shape[3]))
-    meaning = "[B, T, H] or [B, T, H, K]"
-    if not isinstance(log_decay, Tensor):
-        raise ValueError(f"log_decay: got {type(log_decay).__name__}, expected None or a tensor {meaning}")
-    if log_decay.dtype not in checks.FLOATS:
-        raise ValueError(f"log_decay: got dtype {log_decay.dtype}, expected float64, float32, bfloat16 or float16")
-    if tuple(log_decay.shape) not in forms:
-        expected = " or ".join(str(list(form)) for form in forms)
-        raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meaning}: {expected}")
-
-
-def _offsets(cu_seqlens: Tensor | np.ndarray | None, *, tokens: int, batch: int) -> Tensor:
-    """Boundaries of every row's documents as a tensor [N+1] on the CPU."""
-    if cu_seqlens is None:
-        return torch.tensor([0, tokens])
-    if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):  # the operator's body looks at the numbers
-        if batch > 1:
-            raise ValueError(f"cu_seqlens: got it with {batch} batch rows, expected one row")
-        return cu_seqlens.detach().cpu()
-    return torch.from_numpy(checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch))

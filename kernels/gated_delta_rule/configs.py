@@ -25,6 +25,10 @@ _HALF = {
 }
 # On A100, where it differs.
 _A100 = {
+    "states": ((64, 32, 8, 3), (128, 32, 4, 3), (256, 16, 8, 2)),
+    "dstates": ((64, 32, 4, 2), (128, 32, 8, 2), (256, 16, 8, 2)),
+    "pair_gradients": ((0, 32, 4, 2), (0, 32, 4, 2), (0, 32, 4, 2)),
+    "input_gradients": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     "channel_gradients": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
 }
 # The same with little shared memory, and for float32, whose products have no matrix units on NVIDIA's cards.
@@ -41,18 +45,25 @@ _SMALL = {
     "input_gradients": ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     "channel_gradients": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
 }
+# On B200, where it differs.
+_B200 = {"input_gradients": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))}
 _WIDTHS = (64, 128, 256)
 # C for heads of these widths: by (whether the dtype is float32, whether shared memory is small)
 _CHUNKS = {
     (False, False): (64, 64, 64),
     (False, True): (64, 64, 32),
-    (True, False): (32, 32, 16),
-    (True, True): (32, 32, 16),
+    (True, False): (16, 16, 16),
+    (True, True): (16, 16, 16),
 }
 
 
 def _bucket(width: int) -> int:
     return next(index for index, widest in enumerate(_WIDTHS) if width <= widest)
+
+
+def by_rows(dtype: torch.dtype) -> bool:
+    """Whether products with whole states go by rows: in float32 they have no room for their operands otherwise."""
+    return dtype == torch.float32
 
 
 def chunk_size(device: torch.device, dtype: torch.dtype, *, key_width: int, value_width: int) -> int:
@@ -65,8 +76,8 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype, *, key_width: 
     """The configuration of one kernel, with the blocks it takes among BK and BV. Blocks are no wider than the heads."""
     architecture = launching.architecture(device)
     table = _SMALL if dtype == torch.float32 or architecture == "gfx942" else _HALF
-    if architecture == "sm_80" and table is _HALF:
-        table = _HALF | _A100
+    if table is _HALF:
+        table = _HALF | {"sm_80": _A100, "sm_100": _B200}.get(architecture, {})
     bk, bv, warps, stages = table[kernel][_bucket(max(key_width, value_width))]
     constants = {}
     if bk:

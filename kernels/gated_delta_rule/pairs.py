@@ -31,7 +31,7 @@ def pairs(q: Tensor, k: Tensor, decay: TileDecay) -> tuple[Tensor, Tensor]:
     between = decay.between
     if between is not None:
         transposed = k.transpose(2, 3)
-        return product(k, transposed).mul_(between).tril_(-1), product(q, transposed).mul_(between)
+        return product(k, transposed).mul_(between).tril_(-1), product(q, transposed).mul_(between).tril_()
     a, p = (q.new_zeros((*q.shape[:3], q.shape[2])) for _ in range(2))
     p.diagonal(dim1=2, dim2=3).copy_((q * k).sum(-1))
     for half, rise, fall in decay.halvings.levels:
@@ -49,7 +49,7 @@ def pairs_backward(
     between = decay.between
     if between is not None:
         cross = (a * da).addcmul_(p, dp) if need_decay_gradient else None
-        da, dp = (da * between).tril_(-1), dp * between
+        da, dp = (da * between).tril_(-1), (dp * between).tril_()
         dk = product(dp.transpose(2, 3), q)
         dk += product(da + da.transpose(2, 3), k)
         return PairGradients(product(dp, k), dk, cross)

@@ -1,4 +1,10 @@
-"""Calls that launch every variant of the gated delta rule's kernels that ships, on tensors without memory."""
+"""Calls that launch every variant of the gated delta rule's kernels that ships, on tensors without memory.
+
+How this covers what a user can reach: blocks depend on three buckets of widths (the wider one counts) and on whether
+products take half precision or float32, and code besides on the form of decay: in bfloat16 all of these are here.
+Float16 takes the same blocks and as much room; float32 without decays is float32 with one per head and less to load.
+Widths that are no power of two add masks, shared heads change a number.
+"""
 
 from collections.abc import Callable
 
@@ -30,6 +36,8 @@ def calls(*, full: bool) -> dict[str, Callable[[], None]]:
             "fp16 per head 128": lambda: _both(torch.float16, 128, 128, gate=1),
             "fp32 per head 64": lambda: _both(torch.float32, 64, 64, gate=1, staged=True),
             "fp32 per head 128": lambda: _both(torch.float32, 128, 128, gate=1),
+            "fp32 per head 256": lambda: _both(torch.float32, 256, 256, gate=1),
+            "fp32 per channel 64": lambda: _both(torch.float32, 64, 64, gate=2),
             "fp32 per channel 128": lambda: _both(torch.float32, 128, 128, gate=2),
             "fp32 per channel 256": lambda: _both(torch.float32, 256, 256, gate=2),
         }

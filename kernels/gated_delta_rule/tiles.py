@@ -19,6 +19,10 @@ and backward, with D' the gradient of S', R solving (I + diag(beta) A)^T R = dU:
 
     dU = P^T dO + (K exp(suffix)) D',    D = exp(total) D' + (Q exp(prefix))^T dO - W^T dU
     dv = beta R,   dbeta = R . (V - K exp(prefix) S - A U),   dA = -beta R U^T,   dP = dO U^T
+
+Where an input may be NaN or inf (`containment.py`), tokens with a bad k, beta or log-decay are marked: A is 0 wherever
+such a token lies from j to i, so that the system can be solved between them, and their decays count as none among
+pairs. What they reach is NaN by way of W and U (forward) and of R (backward).
 """
 
 from functools import cached_property
@@ -27,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtrain.kernels.gated_delta_rule import containment
+from longtrain.kernels.gated_delta_rule.containment import backward_product, forward_product, without
 from longtrain.kernels.gated_delta_rule.pairs import pairs, pairs_backward
 from longtrain.kernels.linear_attention import tiles as linear_tiles
 from longtrain.kernels.linear_attention.chunking import Tile
@@ -76,8 +82,33 @@ class TileWork:
         return self._load(self._inputs.v)
 
     @cached_property
-    def beta(self) -> Tensor:
+    def _given_beta(self) -> Tensor:
         return self._load(self._inputs.beta[..., None])
+
+    @cached_property
+    def contained(self) -> bool:
+        """Whether numbers may be there that must be kept from tokens that do not see them."""
+        given = [self.k, self.v, self._given_beta]
+        if self._inputs.dout is not None:
+            given += [self.q, self.dout]
+        log = self._inputs.decay.given
+        if log is not None:  # -inf is one as good as any
+            given.append(self.decay.log.clamp(min=-1.0))
+        return not containment.all_finite(*given)
+
+    @cached_property
+    def beta(self) -> Tensor:
+        """NaN for marked tokens."""
+        beta = self._given_beta
+        return containment.marked(beta, self.k, self.decay.log) if self.contained else beta
+
+    @cached_property
+    def _pair_decay(self) -> TileDecay:
+        """`decay` without NaN."""
+        decay = self.decay
+        if not self.contained or self._inputs.decay.given is None:
+            return decay
+        return decay.with_log(decay.log.nan_to_num(nan=0.0, neginf=-torch.inf))
 
     @cached_property
     def dout(self) -> Tensor:
@@ -106,17 +137,26 @@ class TileWork:
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """A and P."""
-        return pairs(self.q, self.k, self.decay)
+        a, p = pairs(self.q, self.k, self._pair_decay)
+        if self.contained:
+            a.masked_fill_(containment.divided(self.beta.isnan()), 0)
+        return a, p
 
     @cached_property
     def system(self) -> Tensor:
         """diag(beta) A; the solver takes ones on the diagonal."""
-        return self.beta * self.pairs[0]
+        return (without(self.beta) if self.contained else self.beta) * self.pairs[0]
+
+    def _solve(self, right: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+
+    def _solve_transposed(self, right: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.system.transpose(2, 3), right, upper=True, unitriangular=True)
 
     @cached_property
     def _solved(self) -> tuple[Tensor, Tensor]:
         right = self.beta * torch.cat((self.v, self.erasers), -1)
-        both = torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+        both = forward_product(self._solve, right) if self.contained else self._solve(right)
         u, w = both.split((self.v.shape[3], self.k.shape[3]), -1)
         return u.contiguous(), w.contiguous()
 
@@ -132,7 +172,10 @@ class TileWork:
     @cached_property
     def du(self) -> Tensor:
         """P^T dO, which `torch_impl` turns into dU."""
-        return product(self.pairs[1].transpose(2, 3), self.dout)
+        transposed = self.pairs[1].transpose(2, 3)
+        if self.contained:
+            return backward_product(lambda dout: product(transposed, dout), self.dout)
+        return product(transposed, self.dout)
 
     @cached_property
     def added_gradients(self) -> Tensor:
@@ -141,7 +184,12 @@ class TileWork:
 
     def out(self, states: Tensor) -> Tensor:
         """O for the states [m, H, K, V] before each chunk, once `u` is U."""
-        return product(self.readers, states).add_(product(self.pairs[1], self.u))
+        weights = self.pairs[1]
+        if self.contained:
+            within = forward_product(lambda u: product(weights, u), self.u)
+        else:
+            within = product(weights, self.u)
+        return product(self.readers, states).add_(within)
 
     def gradients(self, states: Tensor, dstates: Tensor, *, need_decay_gradient: bool) -> list[Tensor]:
         """The gradients of q, k [m, H, C, K], v, beta [m, H, C, 1] and, if needed, the log-decays, once `du` is dU.
@@ -149,18 +197,23 @@ class TileWork:
         states, dstates [m, H, K, V]: the states before, and the gradients of those after each chunk.
         """
         factors, (a, p), u = self.decay.factors, self.pairs, self.u
-        r = torch.linalg.solve_triangular(self.system.transpose(2, 3), self.du, upper=True, unitriangular=True)
+        q, k = self.q, self.k
+        if self.contained:
+            q, k = without(q), without(k)
+            r = backward_product(self._solve_transposed, self.du, self.beta.isnan())
+        else:
+            r = self._solve_transposed(self.du)
         dv = self.beta * r
-        r_u = product(r, u.transpose(2, 3))
+        r_u = product(r, u.transpose(2, 3)).tril_(-1)
         dbeta = (r * (self.v - product(self.erasers, states))).sum(-1, True) - (r_u * a).sum(-1, True)
         within = pairs_backward(
-            self.q,
-            self.k,
+            q,
+            k,
             a,
             p,
             r_u.mul_(-self.beta),
             product(self.dout, u.transpose(2, 3)),
-            self.decay,
+            self._pair_decay,
             need_decay_gradient=need_decay_gradient,
         )
         transposed = states.transpose(2, 3)

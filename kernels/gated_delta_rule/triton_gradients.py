@@ -8,7 +8,8 @@ With R solving (I + diag(beta) A)^T R = dU:
 (the dots row by row), and then of q, k and the log-decays by the chain rule: A and P are products of q and k with
 factors of the decays, and so is what meets the states before and after. Each program writes what is its own; blocks of
 keys that share a number (dbeta, and the gradient of a decay per head) write parts, which are added up in order
-afterwards. Layout and GATE as in `triton_prepare.py`.
+afterwards. Layout, GATE and what becomes of NaN and inf as in `triton_prepare.py`; what is taken out of q and k here
+still reaches its gradients by way of R and U.
 """
 
 import triton
@@ -20,14 +21,16 @@ from longtrain.kernels.gated_delta_rule.triton_prepare import (
     join_halves,
     load_block,
     meet,
+    reaches_back,
     store_block,
 )
+from longtrain.kernels.linear_attention.triton_forward import finite
 
 
 @triton.jit
 def pair_gradients_kernel(
     v,
-    beta,
+    rates,
     log_decay,
     chunks,
     inverse,
@@ -54,14 +57,16 @@ def pair_gradients_kernel(
     rows, live = chunk_rows(chunks, chunk, C)
     own = rows * H + head
     i = tl.arange(0, C)
-    factors = tl.load(beta + own, mask=live, other=0.0)
+    factors = tl.load(rates + own, mask=live, other=0.0)
     solver = tl.trans(load_block(inverse, own * C, live, i, C))
     r_u = tl.zeros((C, C), tl.float32)
     d_p = tl.zeros((C, C), tl.float32)
     d_beta = tl.zeros((C,), tl.float32)
     for first in range(0, V, BV):
         values = first + tl.arange(0, BV)
-        r = tl.dot(solver, load_block(du, own * V, live, values, V), input_precision=PRECISION)
+        right = load_block(du, own * V, live, values, V)
+        r = tl.dot(solver, finite(right), input_precision=PRECISION)
+        r = tl.where(reaches_back(right, factors, C)[:, None], float("nan"), r)
         store_block(du, own * V, live, values, V, r)
         store_block(dv, own * V, live, values, V, r * factors[:, None])
         d_beta += tl.sum(r * load_block(v, own * V, live, values, V), 1)
@@ -69,7 +74,7 @@ def pair_gradients_kernel(
         r_u = tl.dot(r.to(stored.dtype), stored, r_u, input_precision=PRECISION)
         d_p = tl.dot(load_block(dout, own * V, live, values, V), stored, d_p, input_precision=PRECISION)
     a_block = load_block(a, own * C, live, i, C)
-    d_beta -= tl.sum(r_u * a_block, 1)
+    d_beta -= tl.sum(tl.where(i[:, None] > i[None, :], r_u * a_block, 0.0), 1)
     tl.store(dbeta + own, d_beta, mask=live)
     d_a = tl.where(i[:, None] > i[None, :], -factors[:, None] * r_u, 0.0)
     d_p = tl.where(i[:, None] >= i[None, :], d_p * scale, 0.0)
@@ -112,7 +117,7 @@ def _from_states(
 def input_gradients_kernel(
     q,
     k,
-    beta,
+    rates,
     from_start,  # None unless GATE 1
     to_end,
     through,
@@ -152,9 +157,9 @@ def input_gradients_kernel(
     d_read, d_erased, d_written, d_total = _from_states(
         states + state, dstates + state, dout, r, u, own, live, keys, V, C, BK, BV, K, PRECISION
     )
-    q_block = load_block(q, (rows * GQ + head // (H // GQ)) * K, live, keys, K)
-    k_block = load_block(k, (rows * GK + head // (H // GK)) * K, live, keys, K)
-    factors = tl.load(beta + own, mask=live, other=0.0)
+    q_block = finite(load_block(q, (rows * GQ + head // (H // GQ)) * K, live, keys, K))
+    k_block = finite(load_block(k, (rows * GK + head // (H // GK)) * K, live, keys, K))
+    factors = tl.load(rates + own, mask=live, other=0.0)
     d_read *= scale
     if GATE == 1:
         prefix = tl.load(from_start + own, mask=live, other=0.0)
@@ -182,7 +187,7 @@ def input_gradients_kernel(
 def channel_gradients_kernel(
     q,
     k,
-    beta,
+    rates,
     log_decay,
     chunks,
     states,
@@ -218,8 +223,8 @@ def channel_gradients_kernel(
     keys = tl.program_id(2) * BK + tl.arange(0, BK)
     state = (chunk.to(tl.int64) * H + head) * K * V
     g = load_block(log_decay, own * K, live, keys, K)
-    q_block = load_block(q, (rows * GQ + head // (H // GQ)) * K, live, keys, K).to(tl.float32)
-    k_block = load_block(k, (rows * GK + head // (H // GK)) * K, live, keys, K).to(tl.float32)
+    q_block = finite(load_block(q, (rows * GQ + head // (H // GQ)) * K, live, keys, K).to(tl.float32))
+    k_block = finite(load_block(k, (rows * GK + head // (H // GK)) * K, live, keys, K).to(tl.float32))
     d_p, d_a = load_block(dp, own * C, live, i, C), load_block(da, own * C, live, i, C)
     # What comes to the query and the key of a token from those before it, and to the latter from the former.
     d_q = tl.zeros((C, BK), tl.float32)
@@ -231,27 +236,33 @@ def channel_gradients_kernel(
         met = meet(half, C)
         by_query, by_key = tl.where(met, d_p, 0.0).to(d_p.dtype), tl.where(met, d_a, 0.0).to(d_p.dtype)
         factor, early_factor = tl.exp(rise), tl.exp(fall)
-        early = (k_block * early_factor).to(d_p.dtype)
+        early = finite(k_block * early_factor).to(d_p.dtype)
         d_q += tl.dot(by_query, early, input_precision=PRECISION) * factor
         d_late += tl.dot(by_key, early, input_precision=PRECISION) * factor
-        met_early = tl.dot(tl.trans(by_query), (q_block * factor).to(d_p.dtype), input_precision=PRECISION)
-        met_early = tl.dot(tl.trans(by_key), (k_block * factor).to(d_p.dtype), met_early, input_precision=PRECISION)
+        met_early = tl.dot(tl.trans(by_query), finite(q_block * factor).to(d_p.dtype), input_precision=PRECISION)
+        met_early = tl.dot(
+            tl.trans(by_key), finite(k_block * factor).to(d_p.dtype), met_early, input_precision=PRECISION
+        )
         d_early += met_early * early_factor
         rise, fall = join_halves(rise, fall, half, C, BK)
     d_read, d_erased, d_written, d_total = _from_states(
         states + state, dstates + state, dout, r, u, own, live, keys, V, C, BK, BV, K, PRECISION
     )
+    # Token t's g is in between_ij for j < t <= i: all pairs with i >= t but those with j >= t too; or all with j < t
+    # but those with i < t too, which is the same, save where one of the two is not finite.
+    meeting = q_block * d_q + k_block * (d_late - d_early)
+    d_log = tl.cumsum(meeting, 0, reverse=True)
+    d_log = tl.where(tl.abs(d_log) < float("inf"), d_log, meeting - tl.cumsum(meeting, 0))
     prefix = tl.exp(rise)
     d_erased *= prefix
     tl.store(dbeta + part + own, -tl.sum(d_erased * k_block, 1), mask=live)
-    d_q += d_read * (scale * prefix)
-    d_late -= d_erased * tl.load(beta + own, mask=live, other=0.0)[:, None]
+    d_read *= scale * prefix
+    d_erased *= -tl.load(rates + own, mask=live, other=0.0)[:, None]
+    d_log += tl.cumsum(q_block * d_read + k_block * d_erased, 0, reverse=True)
     d_written *= tl.exp(fall)
     earlier = k_block * d_written
-    d_log = tl.cumsum(earlier, 0) - earlier + (d_total * tl.exp(tl.sum(g, 0)))[None, :]
-    # Token t's g is in between_ij for j < t <= i: all pairs with i >= t but those with j >= t too.
-    d_log += tl.cumsum(q_block * d_q + k_block * (d_late - d_early), 0, reverse=True)
+    d_log += tl.cumsum(earlier, 0) - earlier + (d_total * tl.exp(tl.sum(g, 0)))[None, :]
     store_block(dlog, own * K, live, keys, K, d_log)
     alone = tl.sum(tl.where(i[:, None] == i[None, :], d_p.to(tl.float32), 0.0), 1)[:, None]
-    store_block(dq, own * K, live, keys, K, d_q + alone * k_block)
-    store_block(dk, own * K, live, keys, K, d_written + d_late + d_early + alone * q_block)
+    store_block(dq, own * K, live, keys, K, d_q + d_read + alone * k_block)
+    store_block(dk, own * K, live, keys, K, d_written + d_erased + d_late + d_early + alone * q_block)

@@ -6,194 +6,13 @@ and v where these are alike, otherwise float32; sums, states that leave the kern
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtrain.kernels.gated_delta_rule import configs, triton_gradients, triton_prepare, triton_states
-from longtrain.kernels.launching import Config, launch
-
-_HALVES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What chunks are before any state is known; names as in `triton_prepare.py`."""
-
-    p: Tensor
-    inverse: Tensor
-    a: Tensor
-    w: Tensor
-    u: Tensor
-    readers: Tensor  # Q exp(prefix) and K exp(suffix), or q and k themselves
-    written: Tensor
-    from_start: Tensor | None
-    to_end: Tensor | None
-    through: Tensor | None
-
-
-class _Call:
-    """The tensors of a pass as the kernels take them, the tables of chunks and segments, and launches."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        offsets: np.ndarray,
-        *,
-        scale: float,
-    ) -> None:
-        alike = q.dtype == k.dtype == v.dtype and q.dtype in _HALVES
-        self.dtype = q.dtype if alike else torch.float32
-        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in (q, k, v))
-        self.beta = beta.float().contiguous()
-        self.log_decay = None if log_decay is None else log_decay.float().contiguous()
-        self.gate = 0 if log_decay is None else log_decay.ndim - 2
-        self.scale = scale
-        batch, tokens, self.heads, self.value_width = v.shape
-        self._grid = batch, len(offsets) - 1
-        self.key_width = k.shape[3]
-        self.rows = batch * tokens
-        widths = {"key_width": self.key_width, "value_width": self.value_width}
-        self.size = configs.chunk_size(q.device, self.dtype, **widths)
-        chunks, segments = _tables(offsets, batch=batch, tokens=tokens, size=self.size)
-        self.chunk_count, self.segment_count = len(chunks), len(segments)
-        self.chunks, self.segments = (torch.from_numpy(x).to(q.device) for x in (chunks, segments))
-
-    @cached_property
-    def _common(self) -> dict[str, Any]:
-        return {
-            "H": self.heads,
-            "GQ": self.q.shape[2],
-            "GK": self.k.shape[2],
-            "K": self.key_width,
-            "V": self.value_width,
-            "C": self.size,
-            "LEVELS": self.size.bit_length() - 1,
-            "GATE": self.gate,
-            "PRECISION": "ieee",
-        }
-
-    def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *args: Any, values: int | None = None) -> None:
-        """Run `kernel`, whose configuration goes by `name`; grid: -1 stands for blocks of V, -2 for blocks of K.
-
-        values: takes the place of V.
-        """
-        constants = {key: x for key, x in self._common.items() if key in kernel.arg_names}
-        width = self.value_width if values is None else values
-        if "V" in constants:
-            constants["V"] = width
-        if self.gate == 2 and name in ("states", "outputs", "dstates"):  # q and k come with decays, for each head
-            constants |= {key: self.heads for key in ("GQ", "GK") if key in constants}
-        if name == "states":
-            constants["IDENTITY"] = values is not None
-        config = self.config(name, width)
-        blocks = {-1: ("BV", width), -2: ("BK", self.key_width)}
-        sizes = (-(-blocks[x][1] // int(config.constants[blocks[x][0]])) if x < 0 else x for x in grid)
-        launch(kernel, tuple(sizes), *args, config=config, **constants)
-
-    def config(self, name: str, values: int | None = None) -> Config:
-        """The configuration of a kernel."""
-        width = self.value_width if values is None else values
-        return configs.config(name, self.q.device, self.dtype, key_width=self.key_width, value_width=width)
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """In the dtype of products unless said otherwise."""
-        return self.v.new_empty(shape, dtype=dtype or self.dtype)
-
-    def empty_states(self, *, of: int, dtype: torch.dtype = torch.float32, values: int | None = None) -> Tensor:
-        """[of, H, K, V]."""
-        return self.empty(of, self.heads, self.key_width, self.value_width if values is None else values, dtype=dtype)
-
-    def prepare(self) -> _Prepared:
-        """Run the kernels pairs, invert and apply."""
-        size, heads, width = self.size, self.heads, self.key_width
-        p, inverse = (self.empty(self.rows, heads, size) for _ in range(2))
-        a = self.empty(self.rows, heads, size, dtype=torch.float32)
-        w, u = self.empty(self.rows, heads, width), self.empty(self.rows, heads, self.value_width)
-        per_channel, per_head = self.gate == 2, self.gate == 1
-        readers, written = (self.empty(self.rows, heads, width) if per_channel else None for _ in range(2))
-        from_start, to_end = (self.empty(self.rows, heads, dtype=torch.float32) if per_head else None for _ in range(2))
-        through = None
-        if self.gate:
-            through = self.empty(self.chunk_count, heads, *((width,) if per_channel else ()), dtype=torch.float32)
-        self.launch(
-            "pairs_channel" if per_channel else "pairs",
-            triton_prepare.pairs_kernel,
-            (self.chunk_count, heads),
-            self.q,
-            self.k,
-            self.log_decay,
-            self.chunks,
-            a,
-            p,
-            readers,
-            w if per_channel else None,
-            written,
-            from_start,
-            to_end,
-            through,
-        )
-        grid = (self.chunk_count, heads)
-        self.launch("invert", triton_prepare.invert_kernel, grid, a, self.beta, self.chunks, inverse)
-        self.launch(
-            "apply",
-            triton_prepare.apply_kernel,
-            grid,
-            None if per_channel else self.k,
-            self.v,
-            self.beta,
-            from_start,
-            inverse,
-            self.chunks,
-            w,
-            u,
-        )
-        readers, written = self.q if readers is None else readers, self.k if written is None else written
-        return _Prepared(p, inverse, a, w, u, readers, written, from_start, to_end, through)
-
-    def carry(
-        self,
-        ready: _Prepared,
-        initial: Tensor | None,
-        *,
-        states: Tensor | None = None,
-        final: Tensor | None = None,
-        transition: bool = False,
-    ) -> None:
-        """Run the kernel states, which writes `states` (and turns U0 into U for them) and `final`.
-
-        transition: `final` is [segments, H, K, K], what becomes of the identity where nothing new is stored.
-        """
-        self.launch(
-            "states",
-            triton_states.states_kernel,
-            (self.segment_count * self.heads, -1),
-            ready.written,
-            ready.w,
-            ready.to_end,
-            ready.through,
-            self.segments,
-            initial,
-            None if transition else ready.u,
-            states,
-            final,
-            values=self.key_width if transition else None,
-        )
-
-    def by_segment(self, states: Tensor | None) -> Tensor | None:
-        """[B, N, H, K, V] as [segments, H, K, V] in float32."""
-        return None if states is None else states.float().contiguous().flatten(0, 1)
-
-    def by_row(self, states: Tensor) -> Tensor:
-        """[segments, H, K, V] as [B, N, H, K, V]."""
-        return states.view(*self._grid, *states.shape[1:])
+from longtrain.kernels.gated_delta_rule import triton_gradients, triton_states
+from longtrain.kernels.gated_delta_rule.triton_call import Call, Prepared
 
 
 class DeltaRuleForward:
@@ -210,9 +29,9 @@ class DeltaRuleForward:
         *,
         scale: float,
     ) -> None:
-        self._call = _Call(q, k, v, beta, log_decay, offsets, scale=scale)
+        self._call = Call(q, k, v, beta, log_decay, offsets, scale=scale)
         self._shape, self._dtype = v.shape, q.dtype
-        self._ready: _Prepared | None = None
+        self._ready: Prepared | None = None
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """As `torch_impl.DeltaRuleForward.summaries`: transition [B, N, H, K, K] and state [B, N, H, K, V]."""
@@ -264,10 +83,10 @@ class DeltaRuleBackward:
         *,
         scale: float,
     ) -> None:
-        self._call = _Call(q, k, v, beta, log_decay, offsets, scale=scale)
+        self._call = Call(q, k, v, beta, log_decay, offsets, scale=scale)
         self._inputs = q, k, v, beta, log_decay
         self._dout = dout.to(self._call.dtype).contiguous()
-        self._ready: tuple[_Prepared, Tensor] | None = None
+        self._ready: tuple[Prepared, Tensor] | None = None
 
     def summaries(self) -> Tensor:
         """As `torch_impl.DeltaRuleBackward.summaries`: [B, N, H, K, V]."""
@@ -303,7 +122,7 @@ class DeltaRuleBackward:
         dinitial = None if dinitial is None else self._call.by_row(dinitial)
         return dq, dk, dv, dbeta, dlog_decay, dinitial
 
-    def _prepare(self) -> tuple[_Prepared, Tensor]:
+    def _prepare(self) -> tuple[Prepared, Tensor]:
         """What forward prepares, and scale P^T dO."""
         call = self._call
         ready = call.prepare()
@@ -313,7 +132,7 @@ class DeltaRuleBackward:
         return ready, du
 
     def _carry(
-        self, ready: _Prepared, du: Tensor, dfinal: Tensor | None, *, dstates: Tensor | None, dinitial: Tensor | None
+        self, ready: Prepared, du: Tensor, dfinal: Tensor | None, *, dstates: Tensor | None, dinitial: Tensor | None
     ) -> None:
         """Run the kernel dstates, which writes `dstates` (and turns scale P^T dO into dU for them) and `dinitial`."""
         call = self._call
@@ -336,7 +155,7 @@ class DeltaRuleBackward:
             call.scale,
         )
 
-    def _pair_gradients(self, ready: _Prepared, du: Tensor, *, need_decay_gradient: bool) -> "_PairGradients":
+    def _pair_gradients(self, ready: Prepared, du: Tensor, *, need_decay_gradient: bool) -> "_PairGradients":
         """Run the kernel pair_gradients, which turns dU into R."""
         call = self._call
         rows, heads = call.rows, call.heads
@@ -355,7 +174,7 @@ class DeltaRuleBackward:
             triton_gradients.pair_gradients_kernel,
             (call.chunk_count, heads),
             call.v,
-            call.beta,
+            ready.rates,
             call.log_decay,
             call.chunks,
             ready.inverse,
@@ -379,7 +198,7 @@ class DeltaRuleBackward:
         rows, heads, size = call.rows, call.heads, call.size
         narrow, wide = call.empty(rows, heads, size), call.empty(rows, heads, call.value_width)
         empty = call.empty(1, rows, heads, dtype=torch.float32)
-        ready = _Prepared(narrow, narrow, narrow, narrow, wide, call.q, call.k, empty, empty, empty)
+        ready = Prepared(empty[0], narrow, narrow, narrow, narrow, wide, call.q, call.k, empty, empty, empty)
         states = call.empty_states(of=call.chunk_count, dtype=call.dtype)
         pairs = _PairGradients(wide, narrow, narrow, empty, empty if call.gate == 1 else None)
         self._input_gradients(ready, wide, states, states, pairs)
@@ -389,7 +208,7 @@ class DeltaRuleBackward:
         return "channel_gradients" if self._call.gate == 2 else "input_gradients"
 
     def _input_gradients(
-        self, ready: _Prepared, r: Tensor, states: Tensor, dstates: Tensor, pairs: "_PairGradients"
+        self, ready: Prepared, r: Tensor, states: Tensor, dstates: Tensor, pairs: "_PairGradients"
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the kernel input_gradients or channel_gradients: those of q and k for each head, and of decays per
         channel; parts of those of beta and of decays per head go to `pairs`."""
@@ -411,7 +230,7 @@ class DeltaRuleBackward:
             (call.chunk_count, heads, -2),
             call.q,
             call.k,
-            call.beta,
+            ready.rates,
             *factors,
             states,
             dstates,
@@ -439,18 +258,6 @@ class _PairGradients:
     dp: Tensor
     dbeta: Tensor
     dlog: Tensor | None
-
-
-def _tables(offsets: np.ndarray, *, batch: int, tokens: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [chunks, 2]: first row and tokens of each chunk; [segments, 3]: first row, tokens and first chunk."""
-    lengths = np.tile(np.diff(offsets), batch)
-    starts = (np.arange(batch)[:, None] * tokens + offsets[:-1]).reshape(-1)
-    counts = -(-lengths // size)
-    firsts = np.cumsum(counts) - counts
-    number = np.arange(counts.sum()) - np.repeat(firsts, counts)  # of a chunk in its segment
-    rows = np.repeat(starts, counts) + number * size
-    chunks = np.stack((rows, np.minimum(np.repeat(lengths, counts) - number * size, size)), 1)
-    return chunks.astype(np.int32), np.stack((starts, lengths, firsts), 1).astype(np.int32)
 
 
 def _like(gradient: Tensor, x: Tensor) -> Tensor:

@@ -11,10 +11,18 @@ neighbours no precision. GATE is 0 without decays, 1 for one per head and 2 for 
 All tensors of tokens are contiguous, [rows, heads, width] with rows = B * T; q has GQ and k GK heads, all else H. A
 chunk is `count` consecutive rows from `row`; its C x C matrices lie in its own rows, [rows, H, C]. Rows behind `count`
 are read as zeros and not written.
+
+NaN and inf. Tokens whose k, beta or log-decay is not finite are marked by NaN in `rates`, which otherwise is beta. They
+are taken out of A, whose entries (i, j) with such a token from j to i are 0, so that the inverse is finite, and right
+between tokens that no such token divides. As a masked number is 0, and 0 * NaN is NaN, every later product over the
+tokens of a chunk has what is not finite taken out of its operand, and gives NaN from the first such token on
+(`reaches_on`) or, in backward, up to the last one (`reaches_back`): there whatever depends on it lies.
 """
 
 import triton
 import triton.language as tl
+
+from longtrain.kernels.linear_attention.triton_forward import finite
 
 
 @triton.jit
@@ -35,6 +43,22 @@ def load_block(x, rows, live, columns, width):
 def store_block(x, rows, live, columns, width, value):
     mask = live[:, None] & (columns < width)[None, :]
     tl.store(x + rows[:, None] + columns[None, :], value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reaches_on(x, C: tl.constexpr):
+    """Which rows of x [C, N] come at or after the first that is not finite, [C]."""
+    i = tl.arange(0, C)
+    broken = tl.sum(x.to(tl.float32) * 0.0, 1) != 0  # 0, or NaN
+    return i >= tl.min(tl.where(broken, i, C), 0)
+
+
+@triton.jit
+def reaches_back(x, marks, C: tl.constexpr):
+    """Which rows of x [C, N] come at or before the last where x, or marks [C], is not finite, [C]."""
+    i = tl.arange(0, C)
+    broken = tl.sum(x.to(tl.float32) * 0.0, 1) + marks * 0.0 != 0
+    return i <= tl.max(tl.where(broken, i, -1), 0)
 
 
 @triton.jit
@@ -76,8 +100,10 @@ def join_halves(rise, fall, half, C: tl.constexpr, BK: tl.constexpr):
 def pairs_kernel(
     q,
     k,
+    beta,
     log_decay,
     chunks,
+    rates,  # [rows, H]: beta, NaN where a token's k, beta or log-decay is not finite (a log-decay may be -inf)
     a,
     p,
     readers,  # Q exp(prefix), K exp(prefix) and K exp(suffix): for GATE 2, otherwise None
@@ -96,13 +122,14 @@ def pairs_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A, P, and the factors of the decays. Grid (chunks, H)."""
+    """Rates, A, P, and the factors of the decays. Grid (chunks, H)."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     rows, live = chunk_rows(chunks, chunk, C)
     own = rows * H + head
     i = tl.arange(0, C)
     a_sum = tl.zeros((C, C), tl.float32)
     p_sum = tl.zeros((C, C), tl.float32)
+    marks = tl.load(beta + own, mask=live, other=0.0) * 0.0  # 0, or NaN
     for first in range(0, K, BK):
         columns = first + tl.arange(0, BK)
         q_block = load_block(q, (rows * GQ + head // (H // GQ)) * K, live, columns, K)
@@ -110,6 +137,7 @@ def pairs_kernel(
         if GATE == 2:
             g = load_block(log_decay, own * K, live, columns, K)
             q_wide, k_wide = q_block.to(tl.float32), k_block.to(tl.float32)
+            marks += tl.sum(k_wide * 0.0 + tl.where(g != g, g, 0.0), 1)
             p_sum += tl.where(i[:, None] == i[None, :], tl.sum(q_wide * k_wide, 1)[:, None], 0.0)
             rise, fall = g, tl.zeros((C, BK), tl.float32)
             for level in range(0, LEVELS):
@@ -130,24 +158,31 @@ def pairs_kernel(
         else:
             a_sum = tl.dot(k_block, tl.trans(k_block), a_sum, input_precision=PRECISION)
             p_sum = tl.dot(q_block, tl.trans(k_block), p_sum, input_precision=PRECISION)
+    if GATE != 2:  # |k_i|^2 is finite only where k_i is
+        marks += tl.sum(tl.where(i[:, None] == i[None, :], a_sum, 0.0), 1) * 0.0
     if GATE == 1:
         g = tl.load(log_decay + own, mask=live, other=0.0)
+        marks += tl.where(g != g, g, 0.0)
         successor = tl.load(log_decay + own + H, mask=has_successor(chunks, chunk, C), other=0.0)
         between = exp_between(g, C)
         a_sum, p_sum = a_sum * between, p_sum * between
         tl.store(from_start + own, tl.exp(tl.cumsum(g, 0)), mask=live)
         tl.store(to_end + own, tl.exp(tl.cumsum(successor, 0, reverse=True)), mask=live)
         tl.store(through + chunk * H + head, tl.exp(tl.sum(g, 0)))
+    bad = marks != 0
+    count = tl.cumsum(bad.to(tl.int32), 0)
+    together = count[:, None] == (count - bad.to(tl.int32))[None, :]  # no marked token from j to i
+    a_sum = tl.where((i[:, None] > i[None, :]) & together, a_sum, 0.0)
+    tl.store(rates + own, tl.where(bad, float("nan"), tl.load(beta + own, mask=live, other=0.0)), mask=live)
     if GATE != 2:
-        a_sum = tl.where(i[:, None] > i[None, :], a_sum, 0.0)
         p_sum = tl.where(i[:, None] >= i[None, :], p_sum, 0.0)
     store_block(a, own * C, live, i, C, a_sum)
     store_block(p, own * C, live, i, C, p_sum)
 
 
 @triton.jit
-def invert_kernel(a, beta, chunks, inverse, H: tl.constexpr, C: tl.constexpr):
-    """(I + diag(beta) A)^{-1}, all in float32 but for the result. Grid (chunks, H).
+def invert_kernel(a, rates, chunks, inverse, H: tl.constexpr, C: tl.constexpr):
+    """(I + diag(beta) A)^{-1}, all in float32 but for the result; finite. Grid (chunks, H).
 
     Blocks of 16 x 16: those on the diagonal by forward substitution, all at once; then, below them, as products
 
@@ -162,7 +197,7 @@ def invert_kernel(a, beta, chunks, inverse, H: tl.constexpr, C: tl.constexpr):
     there = within < count
     at = a + (own * C)[:, :, None] + within[:, None, :]
     diagonal = tl.load(at, mask=there[:, :, None], other=0.0)
-    diagonal *= tl.load(beta + own, mask=there, other=0.0)[:, :, None]
+    diagonal *= finite(tl.load(rates + own, mask=there, other=0.0))[:, :, None]
     x = tl.zeros((BLOCKS, 16, 16), tl.float32) + (r[:, None] == r[None, :])[None, :, :].to(tl.float32)
     for i in range(1, 16):
         here = (r == i)[None, :, None]
@@ -173,19 +208,19 @@ def invert_kernel(a, beta, chunks, inverse, H: tl.constexpr, C: tl.constexpr):
     x0 = _pick(x, 0, BLOCKS)
     if C >= 32:
         x1 = _pick(x, 1, BLOCKS)
-        x10 = _below(x1, _product(a, beta, first, count, 1, 0, x0, head, H, C))
+        x10 = _below(x1, _product(a, rates, first, count, 1, 0, x0, head, H, C))
         _put(inverse, first, count, 1, 0, x10, head, H, C)
     if C >= 64:
         x2, x3 = _pick(x, 2, BLOCKS), _pick(x, 3, BLOCKS)
-        x21 = _below(x2, _product(a, beta, first, count, 2, 1, x1, head, H, C))
-        x32 = _below(x3, _product(a, beta, first, count, 3, 2, x2, head, H, C))
-        sum20 = _product(a, beta, first, count, 2, 0, x0, head, H, C)
-        x20 = _below(x2, sum20 + _product(a, beta, first, count, 2, 1, x10, head, H, C))
-        sum31 = _product(a, beta, first, count, 3, 1, x1, head, H, C)
-        x31 = _below(x3, sum31 + _product(a, beta, first, count, 3, 2, x21, head, H, C))
-        sum30 = _product(a, beta, first, count, 3, 0, x0, head, H, C)
-        sum30 += _product(a, beta, first, count, 3, 1, x10, head, H, C)
-        x30 = _below(x3, sum30 + _product(a, beta, first, count, 3, 2, x20, head, H, C))
+        x21 = _below(x2, _product(a, rates, first, count, 2, 1, x1, head, H, C))
+        x32 = _below(x3, _product(a, rates, first, count, 3, 2, x2, head, H, C))
+        sum20 = _product(a, rates, first, count, 2, 0, x0, head, H, C)
+        x20 = _below(x2, sum20 + _product(a, rates, first, count, 2, 1, x10, head, H, C))
+        sum31 = _product(a, rates, first, count, 3, 1, x1, head, H, C)
+        x31 = _below(x3, sum31 + _product(a, rates, first, count, 3, 2, x21, head, H, C))
+        sum30 = _product(a, rates, first, count, 3, 0, x0, head, H, C)
+        sum30 += _product(a, rates, first, count, 3, 1, x10, head, H, C)
+        x30 = _below(x3, sum30 + _product(a, rates, first, count, 3, 2, x20, head, H, C))
         _put(inverse, first, count, 2, 1, x21, head, H, C)
         _put(inverse, first, count, 3, 2, x32, head, H, C)
         _put(inverse, first, count, 2, 0, x20, head, H, C)
@@ -200,12 +235,13 @@ def _pick(x, block: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _product(a, beta, first, count, i: tl.constexpr, j: tl.constexpr, x, head, H: tl.constexpr, C: tl.constexpr):
+def _product(a, rates, first, count, i: tl.constexpr, j: tl.constexpr, x, head, H: tl.constexpr, C: tl.constexpr):
     """L_ij x."""
     r = tl.arange(0, 16)
     live = 16 * i + r < count
     own = (first + 16 * i + r) * H + head
-    block = load_block(a, own * C, live, 16 * j + r, C) * tl.load(beta + own, mask=live, other=0.0)[:, None]
+    factors = finite(tl.load(rates + own, mask=live, other=0.0))
+    block = load_block(a, own * C, live, 16 * j + r, C) * factors[:, None]
     return tl.dot(block, x, input_precision="ieee")
 
 
@@ -227,7 +263,7 @@ def _put(inverse, first, count, i: tl.constexpr, j: tl.constexpr, x, head, H: tl
 def apply_kernel(
     k,  # for GATE 2 None: K exp(prefix) lies where W goes
     v,
-    beta,
+    rates,
     from_start,  # None unless GATE 1
     inverse,
     chunks,
@@ -247,11 +283,16 @@ def apply_kernel(
     rows, live = chunk_rows(chunks, chunk, C)
     own = rows * H + head
     solver = load_block(inverse, own * C, live, tl.arange(0, C), C)
-    factors = tl.load(beta + own, mask=live, other=0.0)
+    factors = tl.load(rates + own, mask=live, other=0.0)
+    i = tl.arange(0, C)
+    marked = tl.min(tl.where(factors == factors, C, i), 0)
+    whole = i < marked
     for first in range(0, V, BV):
         columns = first + tl.arange(0, BV)
-        right = (load_block(v, own * V, live, columns, V) * factors[:, None]).to(solver.dtype)
-        store_block(u, own * V, live, columns, V, tl.dot(solver, right, input_precision=PRECISION))
+        right = tl.where(whole[:, None], load_block(v, own * V, live, columns, V) * factors[:, None], 0.0)
+        reached = reaches_on(right, C) | (i >= marked)
+        stored = tl.dot(solver, finite(right).to(solver.dtype), input_precision=PRECISION)
+        store_block(u, own * V, live, columns, V, tl.where(reached[:, None], float("nan"), stored))
     if from_start is not None:
         factors *= tl.load(from_start + own, mask=live, other=0.0)
     for first in range(0, K, BK):
@@ -260,5 +301,6 @@ def apply_kernel(
             erasers = load_block(k, (rows * GK + head // (H // GK)) * K, live, columns, K)
         else:
             erasers = load_block(w, own * K, live, columns, K)
-        right = (erasers * factors[:, None]).to(solver.dtype)
-        store_block(w, own * K, live, columns, K, tl.dot(solver, right, input_precision=PRECISION))
+        right = tl.where(whole[:, None], erasers * factors[:, None], 0.0).to(solver.dtype)
+        erased = tl.dot(solver, right, input_precision=PRECISION)
+        store_block(w, own * K, live, columns, K, tl.where(whole[:, None], erased, float("nan")))

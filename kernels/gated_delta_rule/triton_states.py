@@ -13,7 +13,14 @@ for GATE 1 the factors of a token multiply the narrower side of a product, for G
 import triton
 import triton.language as tl
 
-from longtrain.kernels.gated_delta_rule.triton_prepare import chunk_rows, load_block, store_block
+from longtrain.kernels.gated_delta_rule.triton_prepare import (
+    chunk_rows,
+    load_block,
+    reaches_back,
+    reaches_on,
+    store_block,
+)
+from longtrain.kernels.linear_attention.triton_forward import finite, times_state
 
 
 @triton.jit
@@ -37,6 +44,7 @@ def states_kernel(
     BK: tl.constexpr,  # >= K
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_ROWS: tl.constexpr,  # products with states go by `times_state`
 ):
     """From the first chunk of each segment to its last. Grid (segments * H, blocks of V)."""
     segment, head = tl.program_id(0) // H, tl.program_id(0) % H
@@ -58,7 +66,10 @@ def states_kernel(
         if states is not None:
             place = states + ((first_chunk + n) * H + head) * K * V
             store_block(place, key_offsets, key_live, values, V, narrow)
-        stored = -tl.dot(load_block(w, own * K, live, keys, K), narrow, input_precision=PRECISION)
+        if BY_ROWS:
+            stored = -times_state(w, own * K, live, keys, K, state, C, BV)
+        else:
+            stored = -tl.dot(load_block(w, own * K, live, keys, K), narrow, input_precision=PRECISION)
         if u is not None:
             stored += load_block(u, own * V, live, values, V)
             if states is not None:
@@ -116,7 +127,9 @@ def outputs_kernel(
     if GATE == 1:
         result *= tl.load(from_start + own, mask=live, other=0.0)[:, None]
     within = load_block(p, own * C, live, tl.arange(0, C), C)
-    result = tl.dot(within, load_block(u, own * V, live, values, V), result, input_precision=PRECISION)
+    stored = load_block(u, own * V, live, values, V)
+    result = tl.dot(within, finite(stored), result, input_precision=PRECISION)
+    result = tl.where(reaches_on(stored, C)[:, None], float("nan"), result)
     store_block(out, own * V, live, values, V, result * scale)
 
 
@@ -140,7 +153,9 @@ def dvalues_kernel(
     values = tl.program_id(2) * BV + tl.arange(0, BV)
     within = load_block(p, own * C, live, tl.arange(0, C), C)
     gradient = load_block(dout, own * V, live, values, V)
-    store_block(du, own * V, live, values, V, tl.dot(tl.trans(within), gradient, input_precision=PRECISION) * scale)
+    result = tl.dot(tl.trans(within), finite(gradient), input_precision=PRECISION) * scale
+    reached = reaches_back(gradient, tl.zeros((C,), tl.float32), C)
+    store_block(du, own * V, live, values, V, tl.where(reached[:, None], float("nan"), result))
 
 
 @triton.jit
@@ -168,6 +183,7 @@ def dstates_kernel(
     BK: tl.constexpr,  # >= K
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_ROWS: tl.constexpr,  # products with states go by `times_state`
 ):
     """From the last chunk of each segment to its first. Grid (segments * H, blocks of V)."""
     segment, head = tl.program_id(0) // H, tl.program_id(0) % H
@@ -189,8 +205,11 @@ def dstates_kernel(
         if dstates is not None:
             place = dstates + ((first_chunk + n) * H + head) * K * V
             store_block(place, key_offsets, key_live, values, V, narrow)
-        k_block = load_block(k, (rows * GK + head // (H // GK)) * K, live, keys, K)
-        dstored = tl.dot(k_block, narrow, input_precision=PRECISION)
+        k_rows = (rows * GK + head // (H // GK)) * K
+        if BY_ROWS:
+            dstored = times_state(k, k_rows, live, keys, K, dstate, C, BV)
+        else:
+            dstored = tl.dot(load_block(k, k_rows, live, keys, K), narrow, input_precision=PRECISION)
         dread = load_block(dout, own * V, live, values, V).to(tl.float32) * scale
         if GATE == 1:
             dstored *= tl.load(to_end + own, mask=live, other=0.0)[:, None]

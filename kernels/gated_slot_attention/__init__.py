@@ -71,7 +71,7 @@ def gated_slot_attention(
     states = _check_state(initial_state, q, v, slot, rows, letter="N" if packed else "B")
     keys, values = (None, None) if states is None else (x[None] if packed else x[:, None] for x in states)
     if backend == "reference":
-        operators._check_log_decay(log_decay)  # pyright: ignore[reportPrivateUsage]
+        checks.never_positive("log_decay", log_decay)
         bounds = checks.document_offsets("cu_seqlens", offsets, tokens=tokens)
         initial = None if keys is None or values is None else (keys, values)
         with without_autocast(q.device):
@@ -93,16 +93,10 @@ def gated_slot_attention(
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, log_decay: Tensor) -> None:
     """Refuse, with a ValueError naming the argument, tensors that gated slot attention cannot take: see there."""
-    for name, x, shape in (("q", q, "[B, T, G, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, H, V]")):
-        checks.floating(name, x, shape)
+    checks.linear_inputs(q, k, v)
+    batch, tokens, heads, _ = v.shape
     checks.floating("slot", slot, "[B, T, H, M]")
     checks.floating("log_decay", log_decay, "[B, T, H, M]")
-    batch, tokens, heads, _ = v.shape
-    checks.sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
-    for name, x, width in (("q", q, None), ("k", k, q.shape[3])):
-        if x.shape[2] < 1 or heads % x.shape[2]:
-            raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
-        checks.sizes(name, x, (batch, tokens, None, width), "[B, T, G, K], with v's B and T and one K for q and k,")
     checks.sizes("slot", slot, (batch, tokens, heads, None), "[B, T, H, M], with v's B, T and H,")
     checks.sizes("log_decay", log_decay, tuple(slot.shape), "[B, T, H, M], as slot,")
     checks.same_device(q=q, k=k, v=v, slot=slot, log_decay=log_decay)

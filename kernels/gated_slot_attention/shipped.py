@@ -1,6 +1,7 @@
 """Calls that launch every kernel and configuration of gated slot attention that a card may be given.
 
-Its second pass and all of its backward pass are linear attention with decays per channel, which lists those kernels.
+Its second pass and all of its backward pass are linear attention with decays per channel, which lists those kernels,
+for the same buckets of widths and the same kinds of products; so does this list for the kernels of the first pass.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ _MORE = {
     "broad": (torch.bfloat16, 256, 256),
     "odd": (torch.bfloat16, 96, 40),
     "float16": (torch.float16, 128, 64),
+    "float16, broad": (torch.float16, 256, 256),
     "float32": (torch.float32, 64, 64),
+    "float32, middle": (torch.float32, 128, 128),
     "float32, broad": (torch.float32, 256, 256),
 }
 

@@ -19,13 +19,9 @@ from longtrain.kernels.linear_attention.tiles import Inputs, TileWork
 from longtrain.kernels.linear_attention.torch_impl import (
     LinearAttentionBackward,
     LinearAttentionForward,
-    _carry_forward,  # pyright: ignore[reportPrivateUsage]
+    carry_forward,
 )
-from longtrain.kernels.linear_attention.within_chunk import (
-    _dot,  # pyright: ignore[reportPrivateUsage]
-    _mix,  # pyright: ignore[reportPrivateUsage]
-    product,
-)
+from longtrain.kernels.linear_attention.within_chunk import dot, mix, product
 
 __all__ = ["LinearAttentionBackward", "LinearAttentionForward", "SlotScores"]
 
@@ -60,7 +56,7 @@ class SlotScores:
             found = _within_chunks(work.dout, work.v, work.k, work.decay.halvings)
             work.overwrite = True
             states = work.added_states
-            _carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
+            carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
             carried = states[-1]
             through = product(work.dout, states[:-1].transpose(2, 3))
             assert work.decay.factors.from_start is not None, "only None where there is no decay"
@@ -78,8 +74,8 @@ def _within_chunks(q: Tensor, k: Tensor, slot: Tensor, halvings: Halvings) -> Te
     """sum_{j <= i} (q_i . k_j) exp(between_ij) slot_j [m, H, C, M], by halves of chunks as in `Halvings`."""
     found = (q * k).sum(-1, keepdim=True) * slot
     for half, rise, fall in halvings.levels:
-        pairs = _dot(upper(q, half), lower(k, half))
-        upper(found, half).addcmul_(_mix(pairs, lower(slot, half) * fall), rise)
+        pairs = dot(upper(q, half), lower(k, half))
+        upper(found, half).addcmul_(mix(pairs, lower(slot, half) * fall), rise)
     return found
 
 

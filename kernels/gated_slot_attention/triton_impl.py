@@ -2,8 +2,7 @@
 
 All else of gated slot attention is linear attention's own passes (`passes.py`).
 
-NaN and inf: documents, rows and heads are never mixed. Inside a document they reach whoever depends on them, and beside
-those only tokens of the same chunk, as in linear attention's kernels.
+NaN and inf reach whoever depends on them and nobody else, as in linear attention's kernels (with the exceptions there).
 """
 
 from functools import cached_property
@@ -14,23 +13,20 @@ from torch import Tensor
 
 from longtrain.kernels.gated_slot_attention import configs, triton_kernels
 from longtrain.kernels.launching import launch
-from longtrain.kernels.linear_attention.triton_impl import (
-    LinearAttentionBackward,
-    LinearAttentionForward,
-    _Pass,  # pyright: ignore[reportPrivateUsage]
-)
+from longtrain.kernels.linear_attention.triton_impl import LinearAttentionBackward, LinearAttentionForward
+from longtrain.kernels.linear_attention.triton_pass import Pass
 
 __all__ = ["LinearAttentionBackward", "LinearAttentionForward", "SlotScores"]
 
 
-class _SlotPass(_Pass):
+class _SlotPass(Pass):
     """Linear attention with keys `slot` and values k, whose queries nobody knows yet."""
 
     @cached_property
     def prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """written [B, T, H, M], in place of readers and scores too, and totals [B, chunks, H, M]."""
         assert self.log is not None, "there are always decays per slot"
-        written = self._empty(self.key_width, dtype=self.compute)
+        written = self.empty(self.key_width, dtype=self.compute)
         totals = written.new_empty((self.batch, self.plan.chunks, self.heads, self.key_width), dtype=torch.float32)
         launch(
             triton_kernels.write_slots,
@@ -46,8 +42,8 @@ class _SlotPass(_Pass):
     def read_out(self, entering: Tensor | None, leaving: Tensor | None) -> Tensor:
         """The scores [B, T, H, M], float32; entering, leaving [B, P, H, M, K]: the states before and after parts."""
         assert self.do is not None and self.log is not None
-        scores = self._empty(self.key_width, dtype=torch.float32)
-        written = self._rows(self.prepared[1])
+        scores = self.empty(self.key_width, dtype=torch.float32)
+        written = self.as_rows(self.prepared[1])
         self.sweep(self.do, self.v, written, scores, forward=True, transposed=True, entering=entering, leaving=leaving)
         config = configs.add_within(*self.key)
         launch(
@@ -82,6 +78,6 @@ class SlotScores:
         """The scores [B, T, H, M], float32, and the states after each segment, or None."""
         this = self._pass
         entering = this.entering(initial_state, None, forward=True)
-        leaving = this._part_states() if return_state else None
+        leaving = this.empty_part_states() if return_state else None
         scores = this.read_out(entering, leaving)
         return scores, None if leaving is None else this.of_segments(leaving, last=True)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from longtrain.kernels.linear_attention.triton_channels import sums_of_halves, within_blocks
-from longtrain.kernels.linear_attention.triton_forward import load_rows
+from longtrain.kernels.linear_attention.triton_forward import finite, load_rows
 
 
 @triton.jit
@@ -56,7 +56,9 @@ def add_within(
 ):  # fmt: skip
     """scores [B, T, H, M], float32, which hold S_m q_i, become the scores; log and scores are contiguous.
 
-    A program has BM slots: in a loop over them the masked pairs of all levels would be kept in registers.
+    What is not finite among the slots is taken out of the products and put as NaN into the weights of its token, as in
+    `triton_channels.gradients_within`. A program has BM slots: in a loop over them the masked pairs of all levels would
+    be kept in registers.
     """
     chunk = tl.program_id(0) % chunks
     batch = (tl.program_id(0) // chunks // heads).to(tl.int64)
@@ -80,11 +82,12 @@ def add_within(
     slots = load_rows(slot, token_s, rows, stop, columns, M, BM, tl.float32)
     g = load_rows(log, heads * M, rows, stop, columns, M, BM, tl.float32)
     found = diagonal * slots
+    pairs += tl.sum(slots * 0.0, 1)[None, :]  # 0, or NaN
     prefix, suffix = g, tl.zeros((C, BM), tl.float32)
     for level in tl.static_range(LEVELS):
         bit = (((steps >> level) & 1) == 1)[:, None]
         decay = tl.exp(tl.where(bit, prefix, suffix))
-        writing = tl.where(bit, 0.0, slots * decay).to(TYPE)
+        writing = finite(tl.where(bit, 0.0, slots * decay)).to(TYPE)
         weights = tl.where(within_blocks(level, C, False), pairs, 0.0).to(TYPE)
         mixed = tl.dot(weights, writing, input_precision=PRECISION)
         found += tl.where(bit, mixed * decay, 0.0)

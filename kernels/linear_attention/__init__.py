@@ -1,12 +1,10 @@
 """Linear attention on one device: the public operator, and the staged passes that scans over ranks call too."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from longtrain.kernels import checks
 from longtrain.kernels.linear_attention import operators, reference
-from longtrain.kernels.linear_attention.operators import check_values
 from longtrain.kernels.linear_attention.stages import chosen, stages
 from longtrain.kernels.linear_attention.torch_impl import LinearAttentionBackward, LinearAttentionForward
 from longtrain.kernels.precision import without_autocast
@@ -64,7 +62,7 @@ def linear_attention(
     factor = checks.number("scale", scale)
     factor = q.shape[3] ** -0.5 if factor is None else factor
     batch, tokens, heads, value_width = v.shape
-    offsets = _offsets(cu_seqlens, tokens=tokens, batch=batch)
+    offsets = checks.operator_offsets(cu_seqlens, tokens=tokens, batch=batch)
     packed = cu_seqlens is not None
     if initial_state is not None:
         checks.floating("initial_state", initial_state, "[N, H, K, V]" if packed else "[B, H, K, V]")
@@ -74,7 +72,7 @@ def linear_attention(
         checks.same_device(q=q, initial_state=initial_state)
         initial_state = initial_state[None] if packed else initial_state[:, None]  # [B, N, H, K, V]
     if backend == "reference":
-        check_values(log_decay)
+        checks.never_positive("log_decay", log_decay)
         bounds = offsets.numpy()
         with without_autocast(q.device):
             out, state = reference.linear_attention(
@@ -90,36 +88,6 @@ def linear_attention(
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     """Refuse, with a ValueError naming the argument, tensors that linear attention cannot take: see there."""
-    checks.floating("q", q, "[B, T, G, K]")
-    checks.floating("k", k, "[B, T, G, K]")
-    checks.floating("v", v, "[B, T, H, V]")
-    batch, tokens, heads, _ = v.shape
-    checks.sizes("v", v, (batch, tokens, None, None), "[B, T, H, V]")
-    for name, x, width in (("q", q, None), ("k", k, q.shape[3])):
-        if x.shape[2] < 1 or heads % x.shape[2]:
-            raise ValueError(f"{name}: got {x.shape[2]} heads, expected a divisor of v's {heads} heads")
-        checks.sizes(name, x, (batch, tokens, None, width), "[B, T, G, K], with v's B and T and one K for q and k,")
-    if log_decay is not None:
-        _check_log_decay(log_decay, q, v)
+    checks.linear_inputs(q, k, v)
+    checks.optional_log_decay(log_decay, q, v, meanings="[H], [B, T, H] or [B, T, H, K]")
     checks.same_device(q=q, k=k, v=v, log_decay=log_decay)
-
-
-def _check_log_decay(log_decay: Tensor, q: Tensor, v: Tensor) -> None:
-    forms = ((v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], q.shape[3]))
-    meaning = "[H], [B, T, H] or [B, T, H, K]"
-    if not isinstance(log_decay, Tensor):
-        raise ValueError(f"log_decay: got {type(log_decay).__name__}, expected None or a tensor {meaning}")
-    if log_decay.dtype not in checks.FLOATS:
-        raise ValueError(f"log_decay: got dtype {log_decay.dtype}, expected float64, float32, bfloat16 or float16")
-    if tuple(log_decay.shape) not in forms:
-        expected = " or ".join(str(list(form)) for form in forms)
-        raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meaning}: {expected}")
-
-
-def _offsets(cu_seqlens: Tensor | np.ndarray | None, *, tokens: int, batch: int) -> Tensor:
-    """The boundaries int64 [N+1] on the CPU. A compiler cannot look at them: what is wrong there, the operator says."""
-    if cu_seqlens is None:
-        return torch.tensor([0, tokens])
-    if isinstance(cu_seqlens, Tensor) and torch.compiler.is_compiling():
-        return cu_seqlens.detach().to("cpu", torch.int64)
-    return torch.from_numpy(checks.document_offsets("cu_seqlens", cu_seqlens, tokens=tokens, batch=batch))

@@ -26,15 +26,15 @@ def chunk_size(architecture: str, kind: str, width: str) -> int:
     """C, the same for all kernels of a call."""
     if kind == "wide":
         return 16
-    if architecture == "gfx942":
-        return {"narrow": 64, "middle": 32, "broad": 16}[width]
-    return 32 if architecture == "sm_80" else 64
+    if architecture in ("gfx942", "sm_80"):
+        return 16 if width == "broad" else 32
+    return 64
 
 
 def part_states(architecture: str, kind: str, width: str) -> Config:
     """Blocks of the state [K, V]: BK x BV."""
     if kind == "wide":
-        return Config({"BK": 64, "BV": 32}, 4, 2)
+        return Config({"BK": 64, "BV": 32}, 4, 3)
     if width == "narrow":
         return Config({"BK": 64, "BV": 64}, 4, 3)
     if architecture == "gfx942":
@@ -61,11 +61,32 @@ def keys_values(architecture: str, kind: str, width: str) -> Config:
     return Config(config.constants, 8 if kind == "half" and width != "narrow" else config.num_warps, config.num_stages)
 
 
+def narrow_enough(kind: str, width: str, precision: str) -> bool:
+    """Whether a product of matrices with a state has room for its operands.
+
+    In full float32 they stay in registers: wider sweeps go token by token (`triton_tokens.py`), those for decays per
+    channel by rows (`times_state`).
+    """
+    return not (kind == "wide" and precision == "ieee") or width == "narrow"
+
+
+def tokens(architecture: str, kind: str, width: str, *, products: bool, fixed: bool) -> Config:
+    """The sweeps token by token, with the blocks of `sweep`; for products they keep two states. fixed: one decay."""
+    if architecture == "sm_100" and fixed and not products:
+        return Config({}, 2, 1)
+    return Config({}, 8 if products and (kind, width) not in (("wide", "narrow"), ("wide", "middle")) else 4, 1)
+
+
 def channels(architecture: str, kind: str, width: str) -> Config:
     """The kernels within chunks for decays per channel: BK channels at a time."""
     return Config({"BK": 16}, 8, 1)
 
 
+def decay_gradient(architecture: str, kind: str, width: str) -> Config:
+    """One decay per head: numbers of a chunk, and whole states in blocks of BK * BV numbers."""
+    return Config({"BK": 16, "BV": 64}, 2, 1)
+
+
 def small(architecture: str, kind: str, width: str) -> Config:
-    """Kernels that only add up: the carry between parts, the decays' gradients."""
+    """Kernels that only add up: the carry between parts, the gradients of decays per channel."""
     return Config({"BK": 16, "BV": 64}, 4, 1)

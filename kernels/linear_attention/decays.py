@@ -56,6 +56,10 @@ class TileDecay:
     ) -> None:
         self._load, self._matrix, self._factors, self._between = load, matrix, factors, between
 
+    def with_log(self, log: Tensor) -> "TileDecay":
+        """The same for other log-decays."""
+        return TileDecay(lambda: log, matrix=self._matrix)
+
     @cached_property
     def log(self) -> Tensor:
         """g, [m, H, C, 1 or K], 0 where a chunk is padded."""
@@ -176,7 +180,7 @@ class Decay:
     """
 
     def __init__(self, log_decay: Tensor | None, values: Tensor, chunking: Chunking, *, dtype: torch.dtype) -> None:
-        self._given = log_decay
+        self.given = log_decay
         self._log_decay = log_decay[..., None] if log_decay is not None and log_decay.ndim == 3 else log_decay
         self._values, self._chunking, self._dtype = values, chunking, dtype
         self.width = log_decay.shape[3] if log_decay is not None and log_decay.ndim == 4 else 1
@@ -241,7 +245,7 @@ class Decay:
 
     def own_shape(self, gradient: Tensor) -> Tensor:
         """The gradient of the tokens' log-decays, [B, T, H, 1 or K], as that of log_decay, in its shape and dtype."""
-        given = self._given
+        given = self.given
         assert given is not None, "only asked for where there is a decay"
         if given.ndim == 1:
             gradient = gradient.sum((0, 1), dtype=torch.float64)

@@ -1,6 +1,12 @@
 """Every kernel and configuration of linear attention that a card may be given, for whoever compiles them without one.
 
 A call is the host code on tensors of the device "meta"; run under `launching.recording` it tells what it would launch.
+
+How this covers what a user can reach: blocks depend on three buckets of widths (the wider one counts), and code besides
+on the form of decay and on what dots take, bfloat16, TF32 (float16) or float32 (and mixtures): all of these are here,
+but for decays that are none or fixed. Those are decays per token with less to load and to keep, and trained ones with
+the same products; they are here once each. Widths that are no power of two add masks ("unequal" has them). A state that
+is given, asked for or absent adds or drops one load or store outside of all loops, and shared heads change a number.
 """
 
 from collections.abc import Callable
@@ -22,10 +28,12 @@ _MORE = {
     "broad": ("token", torch.bfloat16, 256, 256, 8),
     "broad, per channel": ("channel", torch.bfloat16, 256, 256, 8),
     "unequal, shared heads": ("token", torch.bfloat16, 96, 256, 2),
-    "float16": ("token", torch.float16, 128, 128, 8),
-    "float32": ("token", torch.float32, 64, 64, 8),
-    "float32, per channel": ("channel", torch.float32, 64, 64, 8),
-    "float32, broad": ("token", torch.float32, 256, 256, 8),
+    **{
+        f"{kind}{bucket}{form and ', per channel'}": (form or "token", dtype, width, width, 8)
+        for kind, dtype in (("float16", torch.float16), ("float32", torch.float32))
+        for bucket, width in ((", narrow", 64), ("", 128), (", broad", 256))
+        for form in ("", "channel")
+    },
 }
 
 

@@ -77,7 +77,7 @@ class LinearAttentionForward:
             _ = work.local_out
             work.overwrite = True
             states = work.added_states
-            _carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
+            carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
             carried = states[-1]
             tile.store(work.out(states[:-1]), out)
         return out, None if leaving is None else inputs.by_row(leaving)
@@ -166,7 +166,7 @@ class LinearAttentionBackward:
         for index, tile in enumerate(self._inputs.chunking.tiles):
             work = self._kept.get(index) or TileWork(self._inputs, tile, overwrite=True)
             carried = result[-1][-1] if result else None
-            _carry_forward(work, work.added_states, carried=carried, entering=entering, leaving=None)
+            carry_forward(work, work.added_states, carried=carried, entering=entering, leaving=None)
             result.append(work.added_states)
         return result
 
@@ -176,7 +176,7 @@ def _like(states: Tensor | None, inputs: Inputs) -> Tensor:
     return inputs.zero_states() if states is None else states.clone()
 
 
-def _carry_forward(
+def carry_forward(
     work: TileWork, states: Tensor, *, carried: Tensor | None, entering: Tensor | None, leaving: Tensor | None
 ) -> None:
     """Turn what each chunk adds, in 1 ... m of `states` [m + 1, H, K, V], into the states before and after each chunk.
@@ -198,7 +198,7 @@ def _carry_forward(
 def _carry_backward(
     work: TileWork, dstates: Tensor, *, carried: Tensor | None, dleaving: Tensor | None, dentering: Tensor | None
 ) -> None:
-    """`_carry_forward` for gradients, from the last chunk to the first: chunks add in 0 ... m-1 of `dstates`."""
+    """`carry_forward` for gradients, from the last chunk to the first: chunks add in 0 ... m-1 of `dstates`."""
     rows, through = dstates.unbind(0), work.decay.factors.through
     for run in reversed(work.tile.runs):
         given = _given(dleaving, run.segment) if run.last else carried

@@ -20,7 +20,7 @@ Hardware-Efficient Training" (Yang et al. 2024, section 4.3) has one level of re
 import triton
 import triton.language as tl
 
-from longtrain.kernels.linear_attention.triton_forward import load_rows
+from longtrain.kernels.linear_attention.triton_forward import finite, load_rows
 
 
 @triton.jit
@@ -44,15 +44,6 @@ def within_blocks(LEVEL: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr
     if TRANSPOSED:
         return same & (((i >> LEVEL) & 1) == 0) & (((j >> LEVEL) & 1) == 1)
     return same & (((i >> LEVEL) & 1) == 1) & (((j >> LEVEL) & 1) == 0)
-
-
-@triton.jit
-def spread(x, bit, H: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """What gradients x [C, BK] of rise (second halves) and fall (first halves) come to for each token's log-decay."""
-    halves = tl.reshape(x, (C // H, H, BK))
-    to_readers = tl.reshape(tl.cumsum(halves, 1, reverse=True), (C, BK))  # g_t is in rise_i for t <= i
-    to_written = tl.reshape(tl.cumsum(halves, 1), (C, BK)) - x  # and in fall_j for j < t
-    return tl.where(bit, to_readers, to_written)
 
 
 @triton.jit
@@ -105,13 +96,37 @@ def prepare(
 
 
 @triton.jit
+def row_products(x, y, row, k, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Rowsums of the product of two states [K, V] that begin at `row`, float64 [BK]; a state that is None is 0."""
+    found = tl.zeros((BK,), tl.float64)
+    if x is not None:
+        if y is not None:
+            for first in range(0, V, BV):
+                v = first + tl.arange(0, BV)
+                inside = (k < K)[:, None] & (v < V)[None, :]
+                cell = row + k[:, None] * V + v[None, :]
+                s = tl.load(x + cell, mask=inside, other=0) * tl.load(y + cell, mask=inside, other=0)
+                found += tl.sum(s, 1).to(tl.float64)
+    return found
+
+
+@triton.jit
+def sum_of_products(x, y, own, seen):
+    """Over the tokens of a chunk, float64 [BK]."""
+    found = tl.load(x + own, mask=seen, other=0).to(tl.float32) * tl.load(y + own, mask=seen, other=0)
+    return tl.sum(found, 0).to(tl.float64)
+
+
+@triton.jit
 def chunk_ends(
-    readers, dreaders, written, dwritten, states, dstates, ends, parts, heads, tokens, count, chunks,
+    readers, dreaders, written, dwritten, states, leaving, dstates, dentering, ends, parts,
+    heads, tokens, count, chunks,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """ends [B, M, H, K], each chunk's E = rowsum(e^{total} S * D), by the running sums of `triton_backward.py`.
 
-    readers, dreaders, written, dwritten [B, T, H, K]; states, dstates [B, P, H, K, V] as in `decay_gradient` there.
+    readers, dreaders, written, dwritten [B, T, H, K]; the states as in `decay_gradient` there, and as there from a
+    part's start or, where that is not finite, from its end.
     """
     kb = tl.program_id(0) % tl.cdiv(K, BK)
     rest = tl.program_id(0) // tl.cdiv(K, BK)
@@ -120,27 +135,30 @@ def chunk_ends(
     head = rest // count % heads
     start, stop, first_chunk = tl.load(parts + 4 * part), tl.load(parts + 4 * part + 1), tl.load(parts + 4 * part + 3)
     k = kb * BK + tl.arange(0, BK)
-    x = tl.zeros((BK,), tl.float64)
-    if states is not None:
-        row = ((batch * count + part) * heads + head) * K * V
-        for first in range(0, V, BV):
-            v = first + tl.arange(0, BV)
-            inside = (k < K)[:, None] & (v < V)[None, :]
-            cell = row + k[:, None] * V + v[None, :]
-            s = tl.load(states + cell, mask=inside, other=0) * tl.load(dstates + cell, mask=inside, other=0)
-            x += tl.sum(s, 1).to(tl.float64)
+    row = ((batch * count + part) * heads + head) * K * V
     token = (batch * tokens * heads + head) * K
     to = ends + ((batch * chunks + first_chunk) * heads + head) * K + k
-    for m in range(tl.cdiv(stop - start, C)):
+    n = tl.cdiv(stop - start, C)
+    x = row_products(states, dentering, row, k, K, V, BK, BV)
+    for m in range(n):
         rows = start + m * C + tl.arange(0, C)
         seen = (rows < stop)[:, None] & (k < K)[None, :]
         own = token + rows.to(tl.int64)[:, None] * heads * K + k[None, :]
-        r = tl.load(readers + own, mask=seen, other=0).to(tl.float32) * tl.load(dreaders + own, mask=seen, other=0)
-        w = tl.load(written + own, mask=seen, other=0).to(tl.float32) * tl.load(dwritten + own, mask=seen, other=0)
-        x -= tl.sum(r, 0).to(tl.float64)
+        x -= sum_of_products(readers, dreaders, own, seen)
         tl.store(to, x.to(tl.float32), mask=k < K)
         to += heads * K
-        x += tl.sum(w, 0).to(tl.float64)
+        x += sum_of_products(written, dwritten, own, seen)
+    if tl.sum(x * 0.0, 0) != 0:
+        y = row_products(leaving, dstates, row, k, K, V, BK, BV)
+        for back in range(n):
+            rows = start + (n - 1 - back) * C + tl.arange(0, C)
+            seen = (rows < stop)[:, None] & (k < K)[None, :]
+            own = token + rows.to(tl.int64)[:, None] * heads * K + k[None, :]
+            to -= heads * K
+            y -= sum_of_products(written, dwritten, own, seen)
+            first = tl.load(to, mask=k < K, other=0)
+            tl.store(to, tl.where(tl.abs(first) < float("inf"), first, y.to(tl.float32)), mask=k < K)
+            y += sum_of_products(readers, dreaders, own, seen)
 
 
 @triton.jit
@@ -151,7 +169,11 @@ def gradients_within(
     TYPE: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk [B, T, H, K] and dlog, alike and float32 (None: not asked for), from dreaders, dwritten and `ends`."""
+    """dq, dk [B, T, H, K] and dlog, alike and float32 (None: not asked for), from dreaders, dwritten and `ends`.
+
+    A masked weight is 0, and 0 * NaN is NaN. So what is not finite is taken out of the operands of products, and NaN
+    put into the weights of its token instead, where it reaches whoever sees that token and nobody else.
+    """
     chunk = tl.program_id(0) % chunks
     batch = (tl.program_id(0) // chunks // heads).to(tl.int64)
     head = tl.program_id(0) // chunks % heads
@@ -172,6 +194,7 @@ def gradients_within(
         dscores = tl.dot(do_rows, tl.trans(v_rows), acc=dscores, input_precision=PRECISION)
         transposed = tl.dot(v_rows, tl.trans(do_rows), acc=transposed, input_precision=PRECISION)
     diagonal = tl.sum(tl.where(steps[:, None] == steps[None, :], dscores, 0.0), 1)[:, None]
+    dscores, transposed = dscores.to(TYPE), transposed.to(TYPE)
     for first in range(0, K, BK):
         columns = first + tl.arange(0, BK)
         seen = (rows < stop)[:, None] & (columns < K)[None, :]
@@ -179,31 +202,38 @@ def gradients_within(
         q_rows = load_rows(q, token_q, rows, stop, columns, K, BK, tl.float32) * factor
         k_rows = load_rows(k, token_k, rows, stop, columns, K, BK, tl.float32)
         g = tl.load(log + own, mask=seen, other=0).to(tl.float32)
-        dq_rows, dk_rows = diagonal * k_rows, diagonal * q_rows
-        dg = tl.zeros((C, BK), tl.float32)
+        dscores += tl.sum(k_rows * 0.0, 1)[None, :].to(TYPE)  # 0, or NaN
+        transposed += tl.sum(q_rows * 0.0, 1)[None, :].to(TYPE)
+        # From other tokens of the chunk. A token's product with itself comes last: no decay lies between.
+        dq_rows, dk_rows = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         prefix, suffix = g, tl.zeros((C, BK), tl.float32)
         for level in tl.static_range(LEVELS):
             bit = (((steps >> level) & 1) == 1)[:, None]
             decay = tl.exp(tl.where(bit, prefix, suffix))
-            reading, writing = tl.where(bit, q_rows * decay, 0.0), tl.where(bit, 0.0, k_rows * decay)
-            weights = tl.where(within_blocks(level, C, False), dscores, 0.0).to(TYPE)
+            reading = finite(tl.where(bit, q_rows * decay, 0.0))
+            writing = finite(tl.where(bit, 0.0, k_rows * decay))
+            weights = tl.where(within_blocks(level, C, False), dscores, 0.0)
             dreading = tl.dot(weights, writing.to(TYPE), input_precision=PRECISION)
-            weights = tl.where(within_blocks(level, C, True), transposed, 0.0).to(TYPE)
+            weights = tl.where(within_blocks(level, C, True), transposed, 0.0)
             dwriting = tl.dot(weights, reading.to(TYPE), input_precision=PRECISION)
             dq_rows += tl.where(bit, dreading * decay, 0.0)
             dk_rows += tl.where(bit, 0.0, dwriting * decay)
-            if dlog is not None:
-                dg += spread(reading * dreading + writing * dwriting, bit, 2**level, C, BK)
             before, behind = sums_of_halves(g, bit, 2**level, C, BK)
             prefix += before
             suffix += behind
         prefix, suffix = tl.exp(prefix), tl.exp(suffix)
         through_q = tl.load(dreaders + own, mask=seen, other=0) * prefix
         through_k = tl.load(dwritten + own, mask=seen, other=0) * suffix
-        tl.store(dq + own, ((dq_rows + through_q) * factor).to(dq.dtype.element_ty), mask=seen)
-        tl.store(dk + own, (dk_rows + through_k).to(dk.dtype.element_ty), mask=seen)
         if dlog is not None:
+            # As in `triton_backward.py`: pairs j < t <= i are all with i >= t but those with j >= t too, or all with
+            # j < t but those with i < t too, which is the same where both are finite.
+            within = q_rows * dq_rows - k_rows * dk_rows
+            dg = tl.cumsum(within, 0, reverse=True)
+            dg = tl.where(tl.abs(dg) < float("inf"), dg, within - tl.cumsum(within, 0))
             end = tl.load(ends + ((batch * chunks + chunk) * heads + head) * K + columns, mask=columns < K, other=0)
             w = through_k * k_rows
             dg += tl.cumsum(through_q * q_rows, 0, reverse=True) + (tl.cumsum(w, 0) - w) + end[None, :]
             tl.store(dlog + own, dg, mask=seen)
+        dq_rows, dk_rows = dq_rows + through_q + diagonal * k_rows, dk_rows + through_k + diagonal * q_rows
+        tl.store(dq + own, (dq_rows * factor).to(dq.dtype.element_ty), mask=seen)
+        tl.store(dk + own, dk_rows.to(dk.dtype.element_ty), mask=seen)

@@ -18,7 +18,11 @@ with f the scale, and every pass over scalar decays is such a sweep:
 (S the state, D its gradient; dk and dv go together, in `triton_backward.py`). With decays per channel
 q and k come with their factors in them and scores are read (`triton_channels.py`).
 
-A program walks one part (`plan.py`) of one head. "Gated Linear Attention Transformers with Hardware-Efficient Training"
+A program walks one part (`plan.py`) of one head. A masked score is 0, and 0 * NaN is NaN: so a NaN or inf in b or c
+would reach all tokens of its chunk, and not only those that see it. Each program flags whether all that it computed is
+finite, which costs one product per number; where it is not, `triton_tokens.py` computes its part again.
+
+"Gated Linear Attention Transformers with Hardware-Efficient Training"
 (Yang et al. 2024, section 4); "Various Lengths, Constant Speed" (Qin et al. 2024, equations 9 to 16).
 """
 
@@ -51,6 +55,57 @@ def store_rows(x, stride, rows, stop, columns, values, WIDTH: tl.constexpr, BLOC
         seen = seen & (columns < WIDTH)[None, :]
     at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(at, values.to(x.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def finite(x):
+    """x with zeros for what is not finite."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def times_state(x, starts, seen, columns, WIDTH: tl.constexpr, state, C: tl.constexpr, BO: tl.constexpr):
+    """Rows of x, which begin at `starts` [C], times a state [BLOCK, BO] in float32, one row after another.
+
+    In full float32 a product of matrices keeps all that a thread multiplies in registers: a state is too wide for it.
+    """
+    i = tl.arange(0, C)
+    found = tl.zeros((C, BO), tl.float32)
+    for n in range(C):
+        start = tl.sum(tl.where(i == n, starts, 0), 0)
+        there = tl.sum(tl.where((i == n) & seen, 1, 0), 0) > 0
+        row = tl.load(x + start + columns, mask=there & (columns < WIDTH), other=0).to(tl.float32)
+        found = tl.where(i[:, None] == n, tl.sum(row[:, None] * state, 0)[None, :], found)
+    return found
+
+
+@triton.jit
+def without_diagonal(score, C: tl.constexpr):
+    """The diagonal [C] of scores [C, C], and the scores with zeros there."""
+    diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+    own = tl.sum(tl.where(diagonal, score, 0.0), 1)
+    return own, tl.where(diagonal, 0.0, score)
+
+
+@triton.jit
+def load_scores(scores, rows, stop, heads, REVERSE: tl.constexpr, C: tl.constexpr):
+    """Scores of the tokens that read [C, C], [i, j], in reverse as [j, i]; float32."""
+    steps = tl.arange(0, C)
+    if REVERSE:
+        to = scores + rows[None, :].to(tl.int64) * heads * C + steps[:, None]
+    else:
+        to = scores + rows[:, None].to(tl.int64) * heads * C + steps[None, :]
+    return tl.load(to, mask=(rows < stop)[:, None] & (rows < stop)[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def state_cells(row, a, out, TRANSPOSED: tl.constexpr, A: tl.constexpr, OUT: tl.constexpr):
+    """Where the numbers of state number `row` lie, [a, out], in states [A, OUT] or, TRANSPOSED, [OUT, A]."""
+    if TRANSPOSED:
+        cells = row * A * OUT + out[None, :] * A + a[:, None]
+    else:
+        cells = row * A * OUT + a[:, None] * OUT + out[None, :]
+    return cells
 
 
 @triton.jit
@@ -111,7 +166,9 @@ def decay_between(
         else:
             between = sums[:, None] - sums[None, :]
         seen = (distance >= 0) & (resets[:, None] == resets[None, :])
-        decay = tl.exp(tl.where(seen, tl.minimum(between.to(tl.float32), 0.0), float("-inf")))
+        between = between.to(tl.float32)
+        between = tl.where(between > 0, 0.0, between)  # and not `minimum`, which hides a NaN
+        decay = tl.exp(tl.where(seen, between, float("-inf")))
     return decay
 
 
@@ -239,18 +296,20 @@ def carry(
 
 @triton.jit
 def walk(
-    program, a, b, c, out, scores, log, totals, entering, leaving, parts, product, other,
+    program, a, b, c, out, scores, log, totals, entering, leaving, parts, through, within, other, flags,
     batch_a, token_a, head_a, batch_b, token_b, head_b, batch_c, token_c, head_c, batch_x, token_x, head_x,
     share_a, share_b, share_c, share_x, heads, batches, tokens, count, chunks, factor,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, A: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+    BY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the sweep of the module's docstring: out [B, T, H, OUT].
 
     entering [B, P, H, K, V], the states before parts (None: zeros), which are Z or, TRANSPOSED, Z^T; leaving, alike,
-    those after them (None: not asked for). product [blocks of OUT, B, T, H], where given: other . o as far as o came
-    through the state. With decays per channel: totals [B, M, H, K], and scores [B, T, H, C] (None: o is what comes
-    through the state alone).
+    those after them (None: not asked for). through and within [blocks of OUT, B, T, H], where given: other . o as far
+    as o came through the state, and from other tokens of the chunk. With decays per channel: totals [B, M, H, K], and
+    scores [B, T, H, C] (None: o is what comes through the state alone). flags [programs], where given: 0, or NaN where
+    any of o is not finite. BY_ROWS: products with Z go by `times_state`.
     """
     ob = program % tl.cdiv(OUT, BO)
     rest = program // tl.cdiv(OUT, BO)
@@ -275,18 +334,17 @@ def walk(
             totals += ((batch * chunks + first_chunk) * heads + head) * A + ka
         if scores is not None:
             scores += (batch * tokens * heads + head) * C
-    if product is not None:
+    if through is not None:
         other += batch * batch_x + (head // share_x).to(tl.int64) * head_x
-        product += (ob.to(tl.int64) * batches + batch) * tokens * heads + head
+        through += (ob.to(tl.int64) * batches + batch) * tokens * heads + head
+        within += (ob.to(tl.int64) * batches + batch) * tokens * heads + head
     row = (batch * count + part) * heads + head
-    if TRANSPOSED:
-        cell = row * A * OUT + ko[None, :] * A + ka[:, None]
-    else:
-        cell = row * A * OUT + ka[:, None] * OUT + ko[None, :]
+    cell = state_cells(row, ka, ko, TRANSPOSED, A, OUT)
     inside = (ka < A)[:, None] & (ko < OUT)[None, :]
     state = tl.zeros((BA, BO), tl.float32)
     if entering is not None:
         state = tl.load(entering + cell, mask=inside, other=0)
+    broken = tl.zeros((C,), tl.float32)
     n = tl.cdiv(stop - start, C)
     for m in range(n):
         chunk = m
@@ -297,26 +355,22 @@ def walk(
         a_rows = load_rows(a, token_a, rows, stop, ka, A, BA, TYPE)
         b_rows = load_rows(b, token_b, rows, stop, ka, A, BA, TYPE)
         c_rows = load_rows(c, token_c, rows, stop, ko, OUT, BO, TYPE)
-        o = tl.dot(a_rows, state.to(TYPE), input_precision=PRECISION)
+        c_written = c_rows
+        if BY_ROWS:
+            o = times_state(a, rows.to(tl.int64) * token_a, rows < stop, ka, A, state, C, BO)
+        else:
+            o = tl.dot(a_rows, state.to(TYPE), input_precision=PRECISION)
         if DECAY == CHANNEL:
             if scores is not None:
-                if REVERSE:  # scores of the tokens that read, [i, j], as [j, i]
-                    to = scores + rows[None, :].to(tl.int64) * heads * C + steps[:, None]
-                    score = tl.load(to, mask=(rows < stop)[None, :] & (rows < stop)[:, None], other=0)
-                else:
-                    to = scores + rows[:, None].to(tl.int64) * heads * C + steps[None, :]
-                    score = tl.load(to, mask=(rows < stop)[:, None] & (rows < stop)[None, :], other=0)
-                o = tl.dot(score.to(TYPE), c_rows, acc=o, input_precision=PRECISION)
-            at_totals = totals + ((at - start) // C).to(tl.int64) * heads * (OUT if TRANSPOSED else A)
+                score = load_scores(scores, rows, stop, heads, REVERSE, C)
+            chunk_totals = totals + chunk.to(tl.int64) * heads * (OUT if TRANSPOSED else A)
             if TRANSPOSED:
-                state *= tl.exp(tl.load(at_totals, mask=ko < OUT, other=0))[None, :]
+                state *= tl.exp(tl.load(chunk_totals, mask=ko < OUT, other=0))[None, :]
             else:
-                state *= tl.exp(tl.load(at_totals, mask=ka < A, other=0))[:, None]
-            c_written = c_rows
+                state *= tl.exp(tl.load(chunk_totals, mask=ka < A, other=0))[:, None]
         else:
             score = tl.dot(a_rows, tl.trans(b_rows), input_precision=PRECISION)
             score *= decay_between(log, heads, g, at, stop, DECAY, REVERSE, WIDE, C) * factor
-            c_written = c_rows
             if DECAY == NONE:
                 if REVERSE:
                     c_written = (c_rows.to(tl.float32) * factor).to(TYPE)
@@ -332,28 +386,38 @@ def walk(
                     written = tl.exp(suffix)
                 c_written = (c_rows.to(tl.float32) * written[:, None]).to(TYPE)
                 state *= tl.exp(total)
-            if product is not None:
+        if DECAY != CHANNEL or scores is not None:
+            if through is not None:  # a token's own share apart from that of the others
+                own, score = without_diagonal(score, C)
+                others = tl.dot(score.to(TYPE), c_rows, input_precision=PRECISION)
                 x = load_rows(other, token_x, rows, stop, ko, OUT, BO, tl.float32)
-                tl.store(product + rows.to(tl.int64) * heads, tl.sum(o * x, 1), mask=rows < stop)
-            o = tl.dot(score.to(TYPE), c_rows, acc=o, input_precision=PRECISION)
+                tl.store(through + rows.to(tl.int64) * heads, tl.sum(o * x, 1), mask=rows < stop)
+                tl.store(within + rows.to(tl.int64) * heads, tl.sum(others * x, 1), mask=rows < stop)
+                o += others + own[:, None] * c_rows.to(tl.float32)
+            else:
+                o = tl.dot(score.to(TYPE), c_rows, acc=o, input_precision=PRECISION)
+            broken += tl.sum(o * 0.0, 1)
         state = tl.dot(tl.trans(b_rows), c_written, acc=state, input_precision=PRECISION)
         store_rows(out, heads * OUT, rows, stop, ko, o, OUT, BO)
     if leaving is not None:
         tl.store(leaving + cell, state, mask=inside)
+    if flags is not None:
+        tl.store(flags + program, tl.sum(broken, 0))
 
 
 @triton.jit
 def sweep(
-    a, b, c, out, scores, log, totals, entering, leaving, parts, product, other,
+    a, b, c, out, scores, log, totals, entering, leaving, parts, through, within, other, flags,
     batch_a, token_a, head_a, batch_b, token_b, head_b, batch_c, token_c, head_c, batch_x, token_x, head_x,
     share_a, share_b, share_c, share_x, heads, batches, tokens, count, chunks, factor,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, A: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+    BY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """`walk` over every part and block of columns of every head."""
     walk(
-        tl.program_id(0), a, b, c, out, scores, log, totals, entering, leaving, parts, product, other,
+        tl.program_id(0), a, b, c, out, scores, log, totals, entering, leaving, parts, through, within, other, flags,
         batch_a, token_a, head_a, batch_b, token_b, head_b, batch_c, token_c, head_c, batch_x, token_x, head_x,
         share_a, share_b, share_c, share_x, heads, batches, tokens, count, chunks, factor,
-        REVERSE, DECAY, TYPE, PRECISION, WIDE, TRANSPOSED, A, OUT, C, BA, BO,
+        REVERSE, DECAY, TYPE, PRECISION, WIDE, TRANSPOSED, A, OUT, C, BA, BO, BY_ROWS,
     )  # fmt: skip

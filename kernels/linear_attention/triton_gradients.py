@@ -1,23 +1,17 @@
 """The backward pass of `triton_impl.py` behind its states: the sweeps for dq, dk, dv, and the decays' gradients."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from longtrain.kernels.launching import Config, launch
 from longtrain.kernels.linear_attention import configs, triton_backward, triton_channels
-
-if TYPE_CHECKING:
-    from longtrain.kernels.linear_attention.triton_impl import _Pass
+from longtrain.kernels.linear_attention.triton_pass import Pass, blocks_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def scalar_gradients(
-    this: _Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
+    this: Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
 ) -> Gradients:
     """dq, dk, dv, dlog_decay for at most one decay per head.
 
@@ -26,21 +20,27 @@ def scalar_gradients(
     assert this.do is not None
     need = need_decay_gradient and this.log is not None
     dq, dk = _per_head(this, this.q.tensor), _per_head(this, this.k.tensor)
-    dv = this._empty(this.value_width, dtype=this.v.tensor.dtype)
+    dv = this.empty(this.value_width, dtype=this.v.tensor.dtype)
+    leaving = this.empty_part_states() if need else None
     read = this.sweep(
-        this.do, this.v, this.k, dq, forward=True, transposed=True, entering=states, other=this.q if need else None
+        *(this.do, this.v, this.k, dq),
+        forward=True,
+        transposed=True,
+        entering=states,
+        leaving=leaving,
+        other=this.q if need else None,
     )
     written = _keys_values(this, dk, dv, dstates, dentering, need=need)
-    within = _pairs(this) if need else None
     dlog = None
-    if read is not None and written is not None and within is not None:
-        dlog = torch.empty_like(within)
+    if read is not None and written is not None:
+        (r, x), (w, y) = ([product.sum(0) for product in products] for products in (read, written))
+        dlog = torch.empty_like(r)
         launch(
             triton_backward.decay_gradient,
             (this.batch * this.heads * this.plan.count,),
-            *(read, written, within, states, dentering, dlog, this.plan.on_device),
-            *(this.heads, this.tokens, this.plan.count, within.numel(), len(read), len(written)),
-            config=configs.small(*this.key),
+            *(r, w, x, y, states, leaving, dstates, dentering, dlog),
+            *(this.plan.on_device, this.heads, this.tokens, this.plan.count),
+            config=configs.decay_gradient(*this.key),
             K=this.key_width,
             V=this.value_width,
             C=this.size,
@@ -49,15 +49,16 @@ def scalar_gradients(
 
 
 def channel_gradients(
-    this: _Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
+    this: Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
 ) -> Gradients:
     """`scalar_gradients` for decays per channel."""
     assert this.do is not None
     readers, written, scores, _ = this.prepared
-    reading, writing = this._rows(readers), this._rows(written)
-    dreaders, dwritten = (this._empty(this.key_width, dtype=torch.float32) for _ in range(2))
-    dv = this._empty(this.value_width, dtype=this.v.tensor.dtype)
-    this.sweep(this.do, this.v, writing, dreaders, forward=True, transposed=True, entering=states)
+    reading, writing = this.as_rows(readers), this.as_rows(written)
+    dreaders, dwritten = (this.empty(this.key_width, dtype=torch.float32) for _ in range(2))
+    dv = this.empty(this.value_width, dtype=this.v.tensor.dtype)
+    leaving = this.empty_part_states() if need_decay_gradient else None
+    this.sweep(*(this.do, this.v, writing, dreaders), forward=True, transposed=True, entering=states, leaving=leaving)
     this.sweep(this.v, this.do, reading, dwritten, forward=False, transposed=True, entering=dstates)
     this.sweep(
         *(writing, reading, this.do, dv),
@@ -66,6 +67,7 @@ def channel_gradients(
         entering=dstates,
         leaving=dentering,
         scores=scores,
+        plain=(this.k, this.q),
     )
     dq, dk = _per_head(this, this.q.tensor), _per_head(this, this.k.tensor)
     dlog = ends = None
@@ -77,7 +79,7 @@ def channel_gradients(
         launch(
             triton_channels.chunk_ends,
             (this.batch * this.heads * this.plan.count * -(-this.key_width // small.constants["BK"]),),
-            *(readers, dreaders, written, dwritten, states, dentering, ends, this.plan.on_device),
+            *(readers, dreaders, written, dwritten, states, leaving, dstates, dentering, ends, this.plan.on_device),
             *(this.heads, this.tokens, this.plan.count, this.plan.chunks),
             config=small,
             K=this.key_width,
@@ -102,59 +104,61 @@ def channel_gradients(
 
 
 def _keys_values(
-    this: _Pass, dk: Tensor, dv: Tensor, dstates: Tensor | None, dentering: Tensor | None, *, need: bool
-) -> Tensor | None:
-    """Fills dk, dv and dentering; returns w, [blocks, B, T, H], if needed."""
+    this: Pass, dk: Tensor, dv: Tensor, dstates: Tensor | None, dentering: Tensor | None, *, need: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Fills dk, dv and dentering; returns w and y, each [blocks, B, T, H], if needed."""
     assert this.do is not None
     config = configs.keys_values(*this.key)
     block_k, block_v = (min(config.constants["BO"], x) for x in (this.block_k, this.block_v))
-    key_blocks, value_blocks = -(-this.key_width // block_k), -(-this.value_width // block_v)
-    written = None
-    if need:
-        written = dv.new_empty((key_blocks, this.batch, this.tokens, this.heads), dtype=torch.float32)
-    launch(
-        triton_backward.sweep_keys_values,
-        (this.batch * this.heads * this.plan.count * (key_blocks + value_blocks),),
-        *(this.q.tensor, this.k.tensor, this.v.tensor, this.do.tensor, dk, dv, this.log, dstates, dentering),
-        *(this.plan.on_device, written),
-        *(*this.q.strides, *this.k.strides, *this.v.strides, *this.do.strides, this.q.share, this.k.share),
-        *(this.heads, this.batch, this.tokens, this.plan.count, this.scale),
-        config=Config({}, config.num_warps, config.num_stages),
-        K=this.key_width,
-        V=this.value_width,
-        BK=this.block_k,
-        BV=this.block_v,
-        BOK=block_k,
-        BOV=block_v,
-        **this.constants,
-        **this.wide,
+    key_blocks, value_blocks = blocks_of(this.key_width, block_k), blocks_of(this.value_width, block_v)
+    parts = this.batch * this.heads * this.plan.count
+    written = this.empty_products(key_blocks) if need else None
+    flags = [None if this.by_tokens else this.empty_flags(parts * blocks) for blocks in (key_blocks, value_blocks)]
+    if not this.by_tokens:
+        launch(
+            triton_backward.sweep_keys_values,
+            (parts * (key_blocks + value_blocks),),
+            *(this.q.tensor, this.k.tensor, this.v.tensor, this.do.tensor, dk, dv, this.log, dstates, dentering),
+            *(this.plan.on_device, *(written or (None, None)), *flags),
+            *(*this.q.strides, *this.k.strides, *this.v.strides, *this.do.strides, this.q.share, this.k.share),
+            *(this.heads, this.batch, this.tokens, this.plan.count, this.scale),
+            config=Config({}, config.num_warps, config.num_stages),
+            K=this.key_width,
+            V=this.value_width,
+            BK=this.block_k,
+            BV=this.block_v,
+            BOK=block_k,
+            BOV=block_v,
+            **this.constants,
+            **this.wide,
+        )
+    way = {"forward": False, "entering": dstates}
+    this.sweep_tokens(
+        *(this.v, this.do, this.q, dk),
+        **way,
+        transposed=True,
+        leaving=None,
+        block=block_k,
+        products=written,
+        other=this.k if need else None,
+        flags=flags[0],
+    )
+    this.sweep_tokens(
+        *(this.k, this.q, this.do, dv),
+        **way,
+        transposed=False,
+        leaving=dentering,
+        block=block_v,
+        products=None,
+        other=None,
+        flags=flags[1],
     )
     return written
 
 
-def _pairs(this: _Pass) -> Tensor:
-    """The sums of p around each token, [B, T, H]."""
-    assert this.do is not None
-    within = this.v.tensor.new_empty((this.batch, this.tokens, this.heads), dtype=torch.float32)
-    launch(
-        triton_backward.pairs_within,
-        (this.batch * this.heads * this.plan.chunks,),
-        *(this.q.tensor, this.k.tensor, this.v.tensor, this.do.tensor, this.log, within, this.plan.chunk_table),
-        *(*this.q.strides, *this.k.strides, *this.v.strides, *this.do.strides, this.q.share, this.k.share),
-        *(this.heads, this.tokens, this.plan.chunks, this.scale),
-        config=configs.channels(*this.key),
-        BK=min(32, this.block_k, this.block_v),
-        K=this.key_width,
-        V=this.value_width,
-        **this.constants,
-        **this.wide,
-    )
-    return within
-
-
-def _per_head(this: _Pass, x: Tensor) -> Tensor:
+def _per_head(this: Pass, x: Tensor) -> Tensor:
     """Where x's gradient goes, [B, T, H, K]: float32 where heads that share one of x's are to be summed."""
-    return this._empty(this.key_width, dtype=x.dtype if x.shape[2] == this.heads else torch.float32)
+    return this.empty(this.key_width, dtype=x.dtype if x.shape[2] == this.heads else torch.float32)
 
 
 def _shared(gradient: Tensor, x: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ def _shared(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
 
 
-def _own(this: _Pass, dlog: Tensor) -> Tensor:
+def _own(this: Pass, dlog: Tensor) -> Tensor:
     """The gradient of each token's log-decays, float32, as that of log_decay."""
     log_decay = this.log_decay
     assert log_decay is not None

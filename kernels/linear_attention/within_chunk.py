@@ -91,8 +91,8 @@ def _weigh(scores: Tensor, between: Tensor, heads: int) -> Tensor:
 def _attend_halving(q: Tensor, k: Tensor, v: Tensor, halvings: Halvings) -> Tensor:
     out = (q * k).sum(-1, keepdim=True) * v
     for half, rise, fall in halvings.levels:
-        scores = _dot(upper(q, half) * rise, lower(k, half) * fall)
-        upper(out, half).add_(_mix(scores, lower(v, half)))
+        scores = dot(upper(q, half) * rise, lower(k, half) * fall)
+        upper(out, half).add_(mix(scores, lower(v, half)))
     return out
 
 
@@ -104,9 +104,9 @@ def _attend_halving_backward(
     levels = []
     for half, rise, fall in halvings.levels:
         reader, written = upper(q, half) * rise, lower(k, half) * fall
-        scores, dscores = _dot(reader, written), _dot(upper(dout, half), lower(v, half))
-        lower(dv, half).add_(_mix(scores.transpose(1, 2), upper(dout, half)))
-        dreader, dwritten = _mix(dscores, written), _mix(dscores.transpose(1, 2), reader)
+        scores, dscores = dot(reader, written), dot(upper(dout, half), lower(v, half))
+        lower(dv, half).add_(mix(scores.transpose(1, 2), upper(dout, half)))
+        dreader, dwritten = mix(dscores, written), mix(dscores.transpose(1, 2), reader)
         upper(dq, half).addcmul_(dreader, rise)
         lower(dk, half).addcmul_(dwritten, fall)
         if need_decay_gradient:
@@ -130,14 +130,14 @@ def flat(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[2], x.shape[3])
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     """a b^T: [blocks, half, K] -> [blocks, half, half]."""
     if a.shape[1] <= 2:  # batched products of such tiny matrices are slower than their elements one by one
         return (a[:, :, None] * b[:, None]).sum(-1)
     return torch.bmm(a, b.transpose(1, 2))
 
 
-def _mix(weights: Tensor, x: Tensor) -> Tensor:
+def mix(weights: Tensor, x: Tensor) -> Tensor:
     """weights x: [blocks, half, half], [blocks, half, K] -> [blocks, half, K]."""
     if x.shape[1] <= 2:
         return (weights[..., None] * x[:, None]).sum(2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.kernels.linear_attention.operators import check_values
+from longtrain.kernels import checks
 from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
 from longtrain.parallel.linear import engine, ulysses
 from longtrain.parallel.linear.call import ScanCall
@@ -90,7 +90,7 @@ class _Pair:
     def _forward(self, *tensors: Any, gradients: bool, **options: Any) -> tuple[Tensor, ...]:
         *tokens, initial = tensors
         _check(tokens, options["shard"], options["strategy"])
-        check_values(tokens[-1])
+        checks.never_positive("log_decay", tokens[-1])
         call = _call(self.mixer, tokens, initial=initial is not None, **options)
         _agree(self.mixer, tokens, initial, gradients, options)
         forward = ulysses.forward if call.strategy == "ulysses" else engine.scan_forward

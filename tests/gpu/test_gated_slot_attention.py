@@ -1,7 +1,7 @@
 """Gated slot attention's kernels on a card, against the float64 reference.
 
-In half precision the operands of matrix products are rounded on the way, the weights of the slots among them. What that
-may cost is told by what rounding the inputs costs: the allowed error is 4 times that.
+In half precision the operands of matrix products are rounded, to bfloat16 or, beside float16, to TF32; what that costs
+is found on the same input (`rounding.py`).
 """
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from longtrain.kernels import explain, gated_slot_attention
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
 from tests.kernels.gated_slot_attention_cases import assert_close_to_reference, errors, problem
+from tests.kernels.rounding import budget, relative, to_dtype, to_tf32
 
 pytestmark = pytest.mark.gpu
 
@@ -32,12 +33,9 @@ def test_kernels_are_the_reference(case):
         assert_close_to_reference(this, dtype, "triton", "cuda")
         assert_close_to_reference(this, dtype, "torch", "cuda")
         return
-    exact, this = this.solve(torch.float64, "torch"), this.rounded(dtype)
-    true = this.solve(torch.float64, "torch")
-    lost = errors(true, exact)
-    found = errors(this.solve(dtype, "triton", "cuda"), true)
-    eps = torch.finfo(dtype).eps
-    assert all(error <= 4 * lost[name] + 2 * eps for name, error in found.items()), (found, lost)
+    true, allowed = budget(this := this.rounded(dtype), dtype, to_dtype(dtype) if dtype == torch.bfloat16 else to_tf32)
+    for name, error in relative(this.solve(dtype, "triton", "cuda"), true).items():
+        assert error <= allowed[name], (name, error, allowed[name])
 
 
 def test_a_long_row_is_cut_into_parts_and_results_repeat():

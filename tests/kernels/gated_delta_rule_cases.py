@@ -12,6 +12,11 @@ from longtrain.kernels.gated_delta_rule import stages
 from tests.kernels.test_linear_attention import errors, log_decays
 
 GATES = ["none", "token", "channel"]
+# Bad numbers, each for a document of a head: see reach.py.
+PLACES = [
+    *(("k", torch.nan), ("v", torch.inf), ("q", torch.nan), ("beta", torch.nan)),
+    *(("dout", torch.nan), ("initial_state", torch.inf), ("dstate", torch.nan), ("k", -torch.inf)),
+]
 
 
 @dataclass
@@ -94,6 +99,17 @@ def problem_of(case: dict[str, Any]) -> Problem:
     documents = case["documents"]
     batch = len(documents) if len(set(documents)) == 1 else None
     return problem(**case, batch=batch)
+
+
+def own_gradients(this: Problem) -> dict[str, Tensor]:
+    """Tokens with a bad number [T, H], whose own gradients of beta, v and log_decay may be reached or not."""
+    tokens = [
+        x.flatten(3).isfinite().all(-1)[0] if x.ndim > 3 else x.isfinite()[0]
+        for name, x in this.inputs.items()
+        if name in ("k", "v", "beta", "log_decay")
+    ]
+    bad = ~torch.stack(tokens).all(0)
+    return dict.fromkeys(("dv", "dbeta", "dlog_decay"), bad)
 
 
 def assert_float32_loses_little(got: dict[str, Tensor], this: Problem, true: dict[str, Tensor] | None = None) -> None:

@@ -5,6 +5,7 @@ from tests.mutated.mutation import Mutation
 FOLDER = "tests/kernels/interpreted/test_"
 LINEAR = FOLDER + "linear_attention.py::test_triton_is_the_reference"
 SLOW = {decay: f"{LINEAR}[{decay}-slow-heads0-widths0-documents0]" for decay in ("none", "head", "token", "channel")}
+REACH = FOLDER + "linear_attention.py::test_nan_and_inf_reach_who_sees_them"
 DELTA = FOLDER + "gated_delta_rule.py::"
 PIECES = f"{DELTA}test_two_pieces_joined_by_their_summaries_are_one[token-40]"
 CHUNKED = f"{DELTA}test_several_blocks_of_keys_and_values"
@@ -66,9 +67,37 @@ MUTATIONS = (
     Mutation(
         "pairs-around-a-token-one-off",
         BACKWARD,
-        "tl.where(steps[:, None] > steps[None, :], sums, 0.0)",
-        "tl.where(steps[:, None] >= steps[None, :], sums, 0.0)",
+        "own += tl.cumsum(r, 0, reverse=True) + tl.cumsum(w_before, 0)",
+        "own += tl.cumsum(r, 0, reverse=True) + tl.cumsum(w, 0)",
         (SLOW["token"],),
+    ),
+    Mutation(
+        "own-product-counted-among-pairs",
+        SWEEP,
+        "return own, tl.where(diagonal, 0.0, score)",
+        "return own, score",
+        (SLOW["token"],),
+    ),
+    Mutation(
+        "what-is-not-finite-flagged-by-nobody",
+        SWEEP,
+        "tl.store(flags + program, tl.sum(broken, 0))",
+        "tl.store(flags + program, tl.sum(0.0 * tl.zeros_like(broken), 0))",
+        (REACH + "[token-0]",),
+    ),
+    Mutation(
+        "nan-among-keys-of-a-channel-reaches-all",
+        PER_CHANNEL,
+        "writing = finite(tl.where(bit, 0.0, k_rows * decay))",
+        "writing = tl.where(bit, 0.0, k_rows * decay)",
+        (REACH + "[channel-0]",),
+    ),
+    Mutation(
+        "nan-among-keys-of-a-channel-hidden",
+        PER_CHANNEL,
+        "dscores += tl.sum(k_rows * 0.0, 1)[None, :].to(TYPE)",
+        "dscores += 0.0",
+        (REACH + "[channel-0]",),
     ),
     Mutation(
         "diagonal-of-channels-dropped",
@@ -114,6 +143,20 @@ MUTATIONS = (
         "tl.where(i[:, None] > i[None, :], g[:, None], 0.0)",
         "tl.where(i[:, None] >= i[None, :], g[:, None], 0.0)",
         (CHUNKED + "[token]",),
+    ),
+    Mutation(
+        "nan-reaches-earlier-delta-tokens",
+        PREPARE,
+        "return i >= tl.min(tl.where(broken, i, C), 0)",
+        "return i >= 0 * tl.min(tl.where(broken, i, C), 0)",
+        (f"{DELTA}test_nan_and_inf_reach_who_sees_them[token-0]",),
+    ),
+    Mutation(
+        "marked-delta-tokens-left-among-pairs",
+        PREPARE,
+        "(i[:, None] > i[None, :]) & together, a_sum",
+        "(i[:, None] > i[None, :]), a_sum",
+        (f"{DELTA}test_nan_and_inf_reach_who_sees_them[token-0]",),
     ),
     # Slots.
     Mutation(

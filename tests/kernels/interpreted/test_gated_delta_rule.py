@@ -11,11 +11,14 @@ from longtrain.kernels.launching import Config
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
 from tests.kernels.gated_delta_rule_cases import (
     GATES,
+    PLACES,
     assert_float32_loses_little,
     assert_pieces_are_the_whole,
+    own_gradients,
     problem,
     problem_of,
 )
+from tests.kernels.reach import assert_only_who_sees_it_is_reached, spoil
 from tests.kernels.test_linear_attention import fill_empty_with_nan  # noqa: F401 (a fixture)
 
 AXES = {
@@ -45,6 +48,8 @@ def test_kernels_are_the_reference(case, monkeypatch):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_the_largest_chunks(gate, monkeypatch):
+    """As in half precision, where products with states are products of matrices."""
+    monkeypatch.setattr(configs, "by_rows", lambda dtype: False)
     monkeypatch.setattr(configs, "chunk_size", lambda *args, **widths: 64)
     this = problem(gate, "mixed" if gate != "none" else "slow", heads=(1, 1), widths=(16, 16), documents=[100])
     assert_float32_loses_little(this.solve(torch.float32, "triton"), this)
@@ -81,21 +86,14 @@ def test_all_may_be_forgotten(gate):
     assert_float32_loses_little(got, this)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("gate", GATES)
-def test_nan_stays_in_its_document_and_head(gate):
-    this = problem(gate, heads=(2, 2), documents=[20, 40, 5])
-    clean = this.solve(torch.float32, "triton")
-    this.inputs["k"][0, 40, 1] = torch.nan
-    got = this.solve(torch.float32, "triton")
-    assert not got["out"][0, 40:60, 1].isfinite().any()
-    for result, x in got.items():
-        x, expected = x.clone(), clean[result].clone()
-        for part in (x, expected):
-            if result in ("state", "dinitial_state"):
-                part[1, 1] = 0
-            else:
-                part[0, 20:60, 1] = 0
-        assert torch.equal(x, expected), result
+def test_nan_and_inf_reach_who_sees_them(gate, seed, monkeypatch):
+    monkeypatch.setattr(configs, "chunk_size", lambda *args, **widths: 32)  # the inverse has several blocks
+    this = problem(gate, heads=(3, 3), documents=[40, 50, 33])
+    spoilt = spoil(this, PLACES + ([("log_decay", torch.nan)] if gate != "none" else []), seed=seed)
+    assert_only_who_sees_it_is_reached(this, spoilt, "triton", torch.float32, spared=own_gradients(spoilt))
 
 
 def test_nothing_to_do_and_results_repeat():

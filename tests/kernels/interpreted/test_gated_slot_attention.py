@@ -1,16 +1,16 @@
 """Gated slot attention's kernels, interpreted, against the float64 reference. A chunk has 16 tokens here."""
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from longtrain.kernels import gated_slot_attention
 from longtrain.kernels.gated_slot_attention import SlotAttentionBackward, SlotAttentionForward
 from longtrain.kernels.linear_attention import configs
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
 from tests.kernels.gated_slot_attention_cases import Five, assert_close_to_reference, problem
+from tests.kernels.reach import assert_only_who_sees_it_is_reached, spoil
 from tests.kernels.test_linear_attention import fill_empty_with_nan  # noqa: F401 (a fixture)
 
 AXES = {
@@ -32,20 +32,17 @@ def test_kernels_are_the_reference(case, monkeypatch):
     assert_close_to_reference(this, torch.float32, "triton")
 
 
-def test_nan_stays_in_its_document_and_head():
-    this = problem(heads=(2, 2), documents=[3, 18, 5], states="neither")
-    results = []
-    for bad in (0.0, torch.nan):
-        given: dict[str, Any] = {name: x.clone() for name, x in this.inputs.items()}
-        for name in ("q", "k", "v", "slot"):
-            given[name][0, 8, 1, 0] += bad
-        leaves: dict[str, Any] = {name: x.requires_grad_() for name, x in given.items()}
-        out, _ = gated_slot_attention(**leaves, **this.options, backend="triton")
-        results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), this.gradients["out"])])
-    others = torch.ones(26, 2, dtype=torch.bool)
-    others[3:21, 1] = False
-    for clean, dirty in zip(*results, strict=True):
-        assert dirty[0][~others].isnan().any() and torch.equal(clean[0][others], dirty[0][others])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nan_and_inf_reach_who_sees_them(seed, monkeypatch):
+    monkeypatch.setattr(configs, "SHORTEST_PART", 32)
+    this = problem(heads=(2, 2), documents=[37, 40, 35], states="neither")
+    places = [("q", torch.nan), ("k", torch.inf), ("v", torch.nan), ("slot", torch.nan), ("dout", torch.nan)]
+    spoilt = spoil(this, [*places, ("log_decay", torch.nan)], seed=seed)
+    spared = {"dlog_decay": torch.zeros(112, 2, dtype=torch.bool)}
+    for name in ("k", "v", "slot"):
+        spared["dlog_decay"] |= ~spoilt.inputs[name].isfinite().all(-1)[0]
+    assert_only_who_sees_it_is_reached(this, spoilt, "triton", torch.float32, spared=spared)
 
 
 def test_stages_are_those_of_the_torch_path(monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtrain.kernels import linear_attention
 from longtrain.kernels.linear_attention import configs, torch_impl
+from tests.kernels.reach import assert_only_who_sees_it_is_reached, spoil
 from tests.kernels.test_linear_attention import Problem, errors, fill_empty_with_nan, problem  # noqa: F401 (a fixture)
 
 DECAYS = ["none", "head", "token", "channel"]
@@ -33,6 +34,7 @@ def check(this: Problem) -> None:
 @pytest.mark.parametrize(("strength", "heads", "widths", "documents"), [
     ("slow", (2, 2), (9, 20), [70]),  # two value blocks, three parts, a ragged end
     ("mixed", (2, 1), (20, 5), [0, 1, 37, 0, 16]),
+    ("slow", (1, 1), (70, 5), [40]),  # so wide that float32 goes token by token
 ])  # fmt: skip
 @pytest.mark.parametrize("decay", DECAYS)
 def test_triton_is_the_reference(decay, strength, heads, widths, documents):
@@ -76,21 +78,21 @@ def test_stages_are_those_of_torch(decay):
             assert (got - true).abs().max() <= 2e-6 * true.abs().max().clamp_min(1e-30)
 
 
-@pytest.mark.parametrize("decay", ["token", "channel"])
-def test_nan_stays_in_its_document_and_head(decay):
-    this = problem(decay, "slow", (2, 2), (5, 5), [9, 20, 8])
-    clean = this.solve(torch.float32, "triton")
-    for name in ("k", "log_decay"):
-        this.inputs[name][:, 12, 0] = torch.nan
-    this.gradients["out"][:, 20, 0] = torch.inf
-    dirty = this.solve(torch.float32, "triton")
-    for name, x in clean.items():
-        if name == "state" or name == "dinitial_state":
-            assert torch.equal(dirty[name][[0, 2]], x[[0, 2]]) and torch.equal(dirty[name][:, 1], x[:, 1])
-        else:
-            others = [*range(9), *range(29, 37)]
-            assert torch.equal(dirty[name][:, others], x[:, others]) and torch.equal(dirty[name][:, :, 1], x[:, :, 1])
-    assert dirty["out"][0, 28, 0].isnan().all()
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_nan_and_inf_reach_who_sees_them(decay, seed):
+    """A part has 32 tokens and a chunk 16; documents of several of both."""
+    this = problem(decay, "slow", (2, 2), (5, 6), [37, 41, 40, 5])
+    places = [("k", torch.nan), ("v", torch.inf), ("q", torch.nan), ("dout", torch.nan), ("initial_state", torch.inf)]
+    places += [("k", -torch.inf), ("dstate", torch.nan)]
+    if decay in ("token", "channel"):
+        places.append(("log_decay", torch.nan))
+    spoilt = spoil(this, places, seed=seed)
+    spared = {}
+    if decay in ("token", "channel"):  # a token's own k and v may reach the gradient of its decay
+        spared["dlog_decay"] = ~torch.stack([spoilt.inputs[name].isfinite().all(-1)[0] for name in ("k", "v")]).all(0)
+    assert_only_who_sees_it_is_reached(this, spoilt, "triton", torch.float32, spared=spared)
 
 
 def test_strides_do_not_matter_and_results_repeat():
