@@ -16,8 +16,7 @@ visible pair that holds one is NaN.
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl

@@ -18,8 +18,7 @@ then is. In a block that all queries see nothing needs to be done.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
