@@ -32,7 +32,7 @@ def calls(*, full: bool) -> dict[str, Callable[[], None]]:
     half, other, single = torch.bfloat16, torch.float16, torch.float32
     found: dict[str, Callable[[], None]] = {}
 
-    def add(*passes: str, widths: tuple[int, int], dtype: torch.dtype, **options: Any) -> None:
+    def _add(*passes: str, widths: tuple[int, int], dtype: torch.dtype, **options: Any) -> None:
         name = f"{str(dtype).removeprefix('torch.')} {_name(*widths, **options)}"
         for one in passes:
             run = {"forward": _forward, "backward": _backward}[one]
@@ -40,22 +40,22 @@ def calls(*, full: bool) -> dict[str, Callable[[], None]]:
 
     both = "forward", "backward"
     most = {"packed": True, "accumulate": True}
-    add(*both, widths=(64, 64), dtype=half)
-    add(*both, widths=(128, 128), dtype=half)
-    add(*both, widths=(128, 128), dtype=half, **most)
-    add(*both, widths=(256, 256), dtype=half)
-    add(*both, widths=(128, 128), dtype=single, **most)
+    _add(*both, widths=(64, 64), dtype=half)
+    _add(*both, widths=(128, 128), dtype=half)
+    _add(*both, widths=(128, 128), dtype=half, **most)
+    _add(*both, widths=(256, 256), dtype=half)
+    _add(*both, widths=(128, 128), dtype=single, **most)
     if not full:
         return found
     for widths in ((64, 64), (128, 128), (256, 256)):
         for options in _most_options():
-            add(*both, widths=widths, dtype=half, **options)
+            _add(*both, widths=widths, dtype=half, **options)
         for softcap in (None, 30.0):
-            add(*both, widths=widths, dtype=single, **most, softcap=softcap)
-        add(*both, widths=widths, dtype=other, **most)
-        add("forward", widths=widths, dtype=half, scale=-0.1)
+            _add(*both, widths=widths, dtype=single, **most, softcap=softcap)
+        _add(*both, widths=widths, dtype=other, **most)
+        _add("forward", widths=widths, dtype=half, scale=-0.1)
     for widths in ((80, 80), (192, 128), (44, 20)):
-        add(*both, widths=widths, dtype=half, **most)
+        _add(*both, widths=widths, dtype=half, **most)
     return found
 
 
