@@ -80,7 +80,7 @@ class TileDecay:
             prefix, suffix, total = prefix[..., None], suffix[..., None], prefix[..., -1, None]
         else:
             prefix, suffix, total = self.halvings.prefix, self.halvings.suffix, self.halvings.total
-        return Factors(_exp(prefix), _exp(suffix), _exp(total)[..., None].unbind(0))
+        return Factors(exponentials(prefix), exponentials(suffix), exponentials(total)[..., None].unbind(0))
 
     @cached_property
     def between(self) -> Tensor | None:
@@ -89,7 +89,7 @@ class TileDecay:
             return self._between
         sums = self.log.squeeze(-1).to(torch.float64).clamp_(min=_STRONGEST).cumsum(-1)
         between = (sums[..., :, None] - sums[..., None, :]).to(self.log.dtype)
-        return _exp(between.clamp_(max=0)).tril_()  # above the diagonal the clamp keeps exp from overflowing
+        return exponentials(between.clamp_(max=0)).tril_()  # above the diagonal the clamp keeps exp from overflowing
 
     @property
     def total(self) -> Tensor:
@@ -143,7 +143,7 @@ class Halvings:
         half = 1
         while half < size:
             first, second = lower(self.suffix, half), upper(self.prefix, half)  # sums within each half so far
-            self.levels.append(Level(half, _exp(second), _exp(first)))
+            self.levels.append(Level(half, exponentials(second), exponentials(first)))
             total = total.reshape(-1, 2, width)
             second += total[:, :1]
             first += total[:, 1:]
@@ -191,7 +191,7 @@ class Decay:
             self._between = torch.ones(size, size, dtype=dtype).tril_()[None, None]
         elif log_decay is not None and log_decay.ndim == 1:
             steps = torch.arange(size + 1, device=device)
-            powers = _exp(log_decay[:, None].to(torch.float64) * steps, dtype)  # [H, C + 1]
+            powers = exponentials(log_decay[:, None].to(torch.float64) * steps, dtype)  # [H, C + 1]
             powers[:, 0].fill_(1)  # 0 * -inf is not 0
             backwards = powers[:, :-1].flip(1)
             if self._matrix:  # row i is a window into the powers C-1 ... 1, 0 and then zeros: it begins with power i
@@ -260,7 +260,7 @@ class Decay:
         return log
 
 
-def _exp(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def exponentials(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x) in `dtype`, but 0 where that is so small (4e-31 in float32) that products with it would be denormal.
 
     Such numbers make a CPU five times slower. What has decayed that far is below any rounding of what has not.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longtrain.kernels.linear_attention.decays import _exp  # pyright: ignore[reportPrivateUsage]
+from longtrain.kernels.linear_attention.decays import exponentials
 
 _CPU_BLOCK, _DEVICE_BLOCK = 512, 4096  # tokens: on a CPU a block's tensors stay near the processor
 
@@ -54,8 +54,8 @@ def _add_block(total: Tensor, a: Tensor, b: Tensor, log: Tensor | None, *, forwa
         else:
             decay = _running_sums(log)
             through = decay[-1]
-        total.mul_(_exp(through).unsqueeze(-1))
-        a = (a if share == 1 else a.repeat_interleave(share, dim=1)) * _exp(decay)
+        total.mul_(exponentials(through).unsqueeze(-1))
+        a = (a if share == 1 else a.repeat_interleave(share, dim=1)) * exponentials(decay)
         share = 1
     if a.device.type == "cpu":
         for head in range(b.shape[1]):  # matrices with a stride between rows, which need no copy
