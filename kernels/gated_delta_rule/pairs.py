@@ -26,26 +26,38 @@ class PairGradients(NamedTuple):
     levels: LevelGradients = ()
 
 
-def pairs(q: Tensor, k: Tensor, decay: TileDecay) -> tuple[Tensor, Tensor]:
-    """A and P."""
+def key_pairs(k: Tensor, decay: TileDecay) -> Tensor:
+    """A."""
+    between = decay.between
+    if between is None:
+        return _by_halves(k, k, decay)
+    return product(k, k.transpose(2, 3)).mul_(between).tril_(-1)
+
+
+def query_pairs(q: Tensor, k: Tensor, decay: TileDecay) -> Tensor:
+    """P."""
     between = decay.between
     if between is not None:
-        transposed = k.transpose(2, 3)
-        return product(k, transposed).mul_(between).tril_(-1), product(q, transposed).mul_(between).tril_()
-    a, p = (q.new_zeros((*q.shape[:3], q.shape[2])) for _ in range(2))
+        return product(q, k.transpose(2, 3)).mul_(between).tril_()
+    p = _by_halves(q, k, decay)
     p.diagonal(dim1=2, dim2=3).copy_((q * k).sum(-1))
+    return p
+
+
+def _by_halves(x: Tensor, k: Tensor, decay: TileDecay) -> Tensor:
+    """x_i . (k_j exp(between_ij)) for j < i, else 0."""
+    result = x.new_zeros((*x.shape[:3], x.shape[2]))
     for half, rise, fall in decay.halvings.levels:
+        block = _blocks(result, half)
         written = (lower(k, half) * fall).transpose(1, 2)
-        for x, result in ((k, a), (q, p)):
-            block = _blocks(result, half)
-            block.copy_(torch.bmm(upper(x, half) * rise, written).view(block.shape))
-    return a, p
+        block.copy_(torch.bmm(upper(x, half) * rise, written).view(block.shape))
+    return result
 
 
 def pairs_backward(
     q: Tensor, k: Tensor, a: Tensor, p: Tensor, da: Tensor, dp: Tensor, decay: TileDecay, *, need_decay_gradient: bool
 ) -> PairGradients:
-    """Gradients of `pairs` for those of A and P, of which the parts that are always 0 do not count."""
+    """Gradients of both for those of A and P, of which the parts that are always 0 do not count."""
     between = decay.between
     if between is not None:
         cross = (a * da).addcmul_(p, dp) if need_decay_gradient else None

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from longtrain.kernels.gated_delta_rule import containment
 from longtrain.kernels.gated_delta_rule.containment import backward_product, forward_product, without
-from longtrain.kernels.gated_delta_rule.pairs import pairs, pairs_backward
+from longtrain.kernels.gated_delta_rule.pairs import key_pairs, pairs_backward, query_pairs
 from longtrain.kernels.linear_attention import tiles as linear_tiles
 from longtrain.kernels.linear_attention.chunking import Tile
 from longtrain.kernels.linear_attention.decays import TileDecay
@@ -135,17 +135,20 @@ class TileWork:
         return _times(self.k, self.decay.factors.to_end)
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """A and P."""
-        a, p = pairs(self.q, self.k, self._pair_decay)
-        if self.contained:
-            a.masked_fill_(containment.divided(self.beta.isnan()), 0)
-        return a, p
+    def a(self) -> Tensor:
+        """A."""
+        a = key_pairs(self.k, self._pair_decay)
+        return a.masked_fill_(containment.divided(self.beta.isnan()), 0) if self.contained else a
+
+    @cached_property
+    def p(self) -> Tensor:
+        """P."""
+        return query_pairs(self.q, self.k, self._pair_decay)
 
     @cached_property
     def system(self) -> Tensor:
         """diag(beta) A; the solver takes ones on the diagonal."""
-        return (without(self.beta) if self.contained else self.beta) * self.pairs[0]
+        return (without(self.beta) if self.contained else self.beta) * self.a
 
     def _solve(self, right: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
@@ -172,7 +175,7 @@ class TileWork:
     @cached_property
     def du(self) -> Tensor:
         """P^T dO, which `torch_impl` turns into dU."""
-        transposed = self.pairs[1].transpose(2, 3)
+        transposed = self.p.transpose(2, 3)
         if self.contained:
             return backward_product(lambda dout: product(transposed, dout), self.dout)
         return product(transposed, self.dout)
@@ -184,11 +187,10 @@ class TileWork:
 
     def out(self, states: Tensor) -> Tensor:
         """O for the states [m, H, K, V] before each chunk, once `u` is U."""
-        weights = self.pairs[1]
         if self.contained:
-            within = forward_product(lambda u: product(weights, u), self.u)
+            within = forward_product(lambda u: product(self.p, u), self.u)
         else:
-            within = product(weights, self.u)
+            within = product(self.p, self.u)
         return product(self.readers, states).add_(within)
 
     def gradients(self, states: Tensor, dstates: Tensor, *, need_decay_gradient: bool) -> list[Tensor]:
@@ -196,7 +198,7 @@ class TileWork:
 
         states, dstates [m, H, K, V]: the states before, and the gradients of those after each chunk.
         """
-        factors, (a, p), u = self.decay.factors, self.pairs, self.u
+        factors, a, p, u = self.decay.factors, self.a, self.p, self.u
         q, k = self.q, self.k
         if self.contained:
             q, k = without(q), without(k)
@@ -233,6 +235,11 @@ class TileWork:
         dq = within.dq.add_(_times(dreaders, factors.from_start)).mul_(self._inputs.scale)
         dk = within.dk.add_(_times(derasers, factors.from_start)).add_(_times(dwritten, factors.to_end))
         return [dq, dk, dv, dbeta, *results]
+
+    def forget(self, *kept: str) -> None:
+        """Free all but U and W and what is `kept`; a later stage computes again what it needs."""
+        for name in self.__dict__.keys() - {"tile", "_inputs", "contained", "_solved", *kept}:
+            del self.__dict__[name]
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -7,7 +7,9 @@ from chunk to chunk:
     dU += (K exp(suffix)) D',   D = exp(total) D' + (Q exp(prefix))^T dO - W^T dU  backward, from the last chunk
 
 Each pass is a class with stages, so that a sequence spread over ranks can send what its segments sum up to before the
-rest is computed: `summaries()`, then `finish(...)`, which finds what the first stage computed. `finish` alone goes tile
+rest is computed: `summaries()`, then `local(...)` while messages travel, which computes what needs no state (and in
+backward all states, since those that enter are known from forward), then `finish(...)`. Between the stages a tile keeps
+U0 and W (and P, where `local` computed it), as large as k and v; the rest is computed again. `finish` alone goes tile
 by tile and keeps no tile. An object finishes once. Backward keeps nothing of forward but its inputs.
 """
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longtrain.kernels.gated_delta_rule.tiles import Inputs, TileWork
+from longtrain.kernels.linear_attention.torch_impl import AHEAD
 
 
 class DeltaRuleForward:
@@ -40,7 +43,7 @@ class DeltaRuleForward:
         scale: float,
     ) -> None:
         self._inputs = Inputs(q, k, v, beta, log_decay, offsets, scale=scale)
-        self._kept: list[TileWork] = []
+        self._kept: dict[int, TileWork] = {}
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """What takes a state through a segment: S_out = transition @ S_in + state.
@@ -49,13 +52,13 @@ class DeltaRuleForward:
         [B, N, H, K, V], what the segment reaches from zeros. Of an empty segment: the identity and 0.
         """
         inputs = self._inputs
-        self._kept = [TileWork(inputs, tile) for tile in inputs.chunking.tiles]
         state = inputs.zero_states()
         width = state.shape[2]
         identity = torch.eye(width, dtype=state.dtype, device=state.device)
         # The transition is what becomes of the identity where nothing new is stored: more columns of a state.
         both = torch.cat((identity.expand(*state.shape[:2], width, width), state), -1)
-        for work in self._kept:
+        for index, tile in enumerate(inputs.chunking.tiles):
+            work = self._kept[index] = TileWork(inputs, tile)
             through, stored, w, written = _through(work), work.u.unbind(0), work.w.unbind(0), work.written.unbind(0)
             for run in work.tile.runs:
                 for i in range(run.chunk, run.stop):
@@ -64,7 +67,15 @@ class DeltaRuleForward:
                     both[run.segment] = torch.baddbmm(
                         _times(both[run.segment], through, i), written[i].transpose(1, 2), u
                     )
+            work.forget()
         return inputs.by_row(both[..., :width].contiguous()), inputs.by_row(both[..., width:].contiguous())
+
+    def local(self) -> None:
+        """Compute what needs no state and the summaries had no use for: P of the first tiles."""
+        for index, tile in enumerate(self._inputs.chunking.tiles[:AHEAD]):
+            work = self._kept.setdefault(index, TileWork(self._inputs, tile))
+            _ = work.p
+            work.forget("p")
 
     def finish(self, initial_state: Tensor | None, *, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
         """The outputs [B, T, H, V], in q's dtype, and the states after each segment [B, N, H, K, V].
@@ -78,10 +89,9 @@ class DeltaRuleForward:
         leaving = _like(entering, inputs) if return_state else None
         carried = None
         for index, tile in enumerate(inputs.chunking.tiles):
-            work = self._kept[index] if self._kept else TileWork(inputs, tile)
+            work = self._kept.pop(index, None) or TileWork(inputs, tile)
             states, carried = carry_forward(work, carried=carried, entering=entering, leaving=leaving)
             tile.store(work.out(states), out)
-        self._kept = []
         return out, None if leaving is None else inputs.by_row(leaving)
 
 
@@ -101,7 +111,8 @@ class DeltaRuleBackward:
         scale: float,
     ) -> None:
         self._inputs = Inputs(q, k, v, beta, log_decay, offsets, scale=scale, dout=dout)
-        self._kept: list[TileWork] = []
+        self._kept: dict[int, TileWork] = {}
+        self._states: list[tuple[Tensor, Tensor]] | None = None
 
     def summaries(self) -> Tensor:
         """The gradient of each segment's initial state from its own outputs, [B, N, H, K, V], whatever that state is.
@@ -109,16 +120,27 @@ class DeltaRuleBackward:
         To it comes what the state passes on: transition^T @ the gradient of the final state, with forward's transition.
         """
         inputs = self._inputs
-        self._kept = [TileWork(inputs, tile) for tile in inputs.chunking.tiles]
         dstates = inputs.zero_states()
-        for work in reversed(self._kept):
-            du = work.du.clone()  # `finish` starts from it again
+        for index, tile in reversed(list(enumerate(inputs.chunking.tiles))):
+            work = self._kept[index] = TileWork(inputs, tile)
+            du = work.du
             for run in reversed(work.tile.runs):
                 dstate = dstates[run.segment]
                 for i in reversed(range(run.chunk, run.stop)):
                     dstate = _back(work, i, dstate, du[i])
                 dstates[run.segment] = dstate
+            work.forget()
         return inputs.by_row(dstates)
+
+    def local(self, initial_state: Tensor | None) -> None:
+        """Compute what needs no gradient of a state: all states; from those before each segment, as in `finish`."""
+        entering, carried = self._inputs.by_segment(initial_state), None
+        self._states = []
+        for index, tile in enumerate(self._inputs.chunking.tiles):
+            work = self._kept.get(index) or TileWork(self._inputs, tile)
+            states, carried = carry_forward(work, carried=carried, entering=entering, leaving=None)
+            self._states.append((states, work.u))
+            work.forget()
 
     def finish(
         self,
@@ -134,25 +156,22 @@ class DeltaRuleBackward:
         each, or None for zeros. What is not needed is spared, and None is returned for it.
         """
         inputs, tiles = self._inputs, self._inputs.chunking.tiles
-        entering, dleaving = inputs.by_segment(initial_state), inputs.by_segment(dfinal_state)
+        if self._states is None:
+            self.local(initial_state)
+        assert self._states is not None
+        dleaving = inputs.by_segment(dfinal_state)
         dentering = _like(dleaving, inputs) if need_state_gradient else None
         results = [x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v, inputs.beta[..., None])]
         if need_decay_gradient:
             results.append(inputs.decay.empty_gradient())
-        before: list[Tensor] = []  # for each tile the states before each of its chunks
-        stored: list[Tensor] = []  # and U
         carried = None
-        for index, tile in enumerate(tiles):
-            work = self._kept[index] if self._kept else TileWork(inputs, tile)
-            states, carried = carry_forward(work, carried=carried, entering=entering, leaving=None)
-            before.append(states)
-            stored.append(work.u)
-        carried = None
-        for tile in reversed(tiles):
-            work = self._kept.pop() if self._kept else TileWork(inputs, tile)
-            work.u.copy_(stored.pop())
+        for index, tile in reversed(list(enumerate(tiles))):
+            work = self._kept.pop(index, None) or TileWork(inputs, tile)
+            states, stored = self._states.pop()
+            if work.u is not stored:
+                work.u.copy_(stored)
             dstates, carried = _carry_backward(work, carried=carried, dleaving=dleaving, dentering=dentering)
-            gradients = work.gradients(before.pop(), dstates, need_decay_gradient=need_decay_gradient)
+            gradients = work.gradients(states, dstates, need_decay_gradient=need_decay_gradient)
             for gradient, x in zip(gradients, results, strict=True):
                 tile.store(gradient, x)
         dlog_decay = inputs.decay.own_shape(results.pop()) if need_decay_gradient else None

@@ -43,6 +43,9 @@ class DeltaRuleForward:
         call.carry(self._ready, None, final=state)
         return call.by_row(transition), call.by_row(state)
 
+    def local(self) -> None:
+        """Nothing: the sums need all that comes before the states, and the outputs need these."""
+
     def finish(self, initial_state: Tensor | None, *, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
         """As `torch_impl.DeltaRuleForward.finish`."""
         call = self._call
@@ -87,6 +90,7 @@ class DeltaRuleBackward:
         self._inputs = q, k, v, beta, log_decay
         self._dout = dout.to(self._call.dtype).contiguous()
         self._ready: tuple[Prepared, Tensor] | None = None
+        self._states: Tensor | None = None
 
     def summaries(self) -> Tensor:
         """As `torch_impl.DeltaRuleBackward.summaries`: [B, N, H, K, V]."""
@@ -94,6 +98,13 @@ class DeltaRuleBackward:
         dinitial = self._call.empty_states(of=self._call.segment_count)
         self._carry(*self._ready, None, dstates=None, dinitial=dinitial)
         return self._call.by_row(dinitial)
+
+    def local(self, initial_state: Tensor | None) -> None:
+        """As `torch_impl.DeltaRuleBackward.local`."""
+        call = self._call
+        self._ready = self._prepare() if self._ready is None else self._ready
+        self._states = call.empty_states(of=call.chunk_count, dtype=call.dtype)
+        call.carry(self._ready[0], call.by_segment(initial_state), states=self._states)
 
     def finish(
         self,
@@ -105,11 +116,13 @@ class DeltaRuleBackward:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """As `torch_impl.DeltaRuleBackward.finish`."""
         call = self._call
-        ready, du = self._prepare() if self._ready is None else self._ready
-        self._ready = None
-        states, dstates = (call.empty_states(of=call.chunk_count, dtype=call.dtype) for _ in range(2))
+        if self._states is None:
+            self.local(initial_state)
+        assert self._states is not None and self._ready is not None
+        states, (ready, du) = self._states, self._ready
+        self._ready = self._states = None
+        dstates = torch.empty_like(states)
         dinitial = call.empty_states(of=call.segment_count) if need_state_gradient else None
-        call.carry(ready, call.by_segment(initial_state), states=states)
         self._carry(ready, du, call.by_segment(dfinal_state), dstates=dstates, dinitial=dinitial)
         pairs = self._pair_gradients(ready, du, need_decay_gradient=need_decay_gradient)
         dq, dk, dlog = self._input_gradients(ready, du, states, dstates, pairs)

@@ -63,6 +63,10 @@ class SlotAttentionForward:
         _, values = self._stages.LinearAttentionForward(*given, scale=1.0).summaries()
         return log_transition, keys.transpose(3, 4).contiguous(), values
 
+    def local(self) -> None:
+        """Compute what needs no initial state, of the scores: the second pass begins when they are known."""
+        self._scores.local()
+
     def finish(
         self, initial_state: States | None, *, return_state: bool = True
     ) -> tuple[Tensor, Tensor, States | None]:
@@ -84,7 +88,8 @@ class SlotAttentionForward:
 class SlotAttentionBackward:
     """The backward pass. Arguments as of `SlotAttentionForward`; weights: forward's; dout [B, T, H, V].
 
-    In order: `value_summaries` (where wanted), `finish_values`, `key_summaries` (where wanted), `finish`.
+    In order: `value_summaries`, `local_values`, `finish_values`, `key_summaries`, `local_keys`, `finish`. Only the two
+    that finish are needed: summaries are for other ranks, and what is local for the time until they have answered.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class SlotAttentionBackward:
         self._weights = weights
         given = _operand(weights, self._slot), self._slot, v, self._log_decay, offsets, dout.to(v.dtype)
         self._values = self._stages.LinearAttentionBackward(*given, scale=1.0)
+        self._dq: Tensor | None = None
 
     def log_transition(self) -> Tensor:
         """As the forward pass's, [B, N, H, M]."""
@@ -115,6 +121,10 @@ class SlotAttentionBackward:
     def value_summaries(self) -> Tensor:
         """The gradient of each segment's initial C from its own outputs, [B, N, H, M, V]."""
         return self._values.summaries()
+
+    def local_values(self, initial_values: Tensor | None) -> None:
+        """Compute what needs no gradient of C; from C before each segment, as in the `finish_values` that follows."""
+        self._values.local(initial_values, need_decay_gradient=True)
 
     def finish_values(self, initial_values: Tensor | None, dfinal_values: Tensor | None) -> Tensor:
         """The gradient of C before each segment; from C before each and the gradient of C after each (None: zeros)."""
@@ -132,13 +142,19 @@ class SlotAttentionBackward:
         """The gradient of each segment's initial A from its own outputs, [B, N, H, K, M]."""
         return _turned(self._keys.summaries())
 
+    def local_keys(self, initial_keys: Tensor | None) -> None:
+        """Compute what needs no gradient of A, all of dq for one; from A before each segment, as in `finish`."""
+        initial = _turned(initial_keys)
+        self._dq, _ = self._outputs.finish(initial, return_state=False)
+        self._keys.local(initial, need_decay_gradient=True)
+
     def finish(
         self, initial_keys: Tensor | None, dfinal_keys: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of q, k, v, slot, log_decay, each like its tensor, and of A before each segment."""
         initial = _turned(initial_keys)
-        dq, _ = self._outputs.finish(initial, return_state=False)
-        del self._outputs
+        dq = self._outputs.finish(initial, return_state=False)[0] if self._dq is None else self._dq
+        del self._outputs, self._dq
         _, dslot, dk, dlog, dinitial = self._keys.finish(initial, _turned(dfinal_keys), need_decay_gradient=True)
         q, k, v, slot, log_decay = self._like
         return (

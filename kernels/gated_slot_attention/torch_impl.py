@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtrain.kernels.linear_attention.chunking import Tile
 from longtrain.kernels.linear_attention.decays import Halvings, lower, upper
 from longtrain.kernels.linear_attention.tiles import Inputs, TileWork
 from longtrain.kernels.linear_attention.torch_impl import (
+    AHEAD,
     LinearAttentionBackward,
     LinearAttentionForward,
     carry_forward,
@@ -37,10 +39,17 @@ class SlotScores:
     ) -> None:
         self._given = slot, slot, k, log_decay, offsets
         self._inputs = Inputs(*self._given, scale=scale, dout=q)
+        self._kept: dict[int, tuple[TileWork, Tensor]] = {}
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """log_transition [B, N, H, M] and state [B, N, H, M, K]: S_out = exp(log_transition)[..., None] S_in + it."""
         return LinearAttentionForward(*self._given, scale=1.0).summaries()
+
+    def local(self) -> None:
+        """Compute what needs no initial state: the scores from within the chunks of the first tiles."""
+        for index, tile in enumerate(self._inputs.chunking.tiles[:AHEAD]):
+            work, _ = self._kept[index] = self._within(tile)
+            work.forget_inputs()
 
     def finish(self, initial_state: Tensor | None, *, return_state: bool) -> tuple[Tensor, Tensor | None]:
         """The scores [B, T, H, M], in the state dtype, and the states after each segment, or None."""
@@ -51,9 +60,8 @@ class SlotScores:
         if return_state:
             leaving = inputs.zero_states() if entering is None else entering.clone()
         carried = None
-        for tile in inputs.chunking.tiles:
-            work = TileWork(inputs, tile)
-            found = _within_chunks(work.dout, work.v, work.k, work.decay.halvings)
+        for index, tile in enumerate(inputs.chunking.tiles):
+            work, found = self._kept.pop(index, None) or self._within(tile)
             work.overwrite = True
             states = work.added_states
             carry_forward(work, states, carried=carried, entering=entering, leaving=leaving)
@@ -62,6 +70,11 @@ class SlotScores:
             assert work.decay.factors.from_start is not None, "only None where there is no decay"
             tile.store(found.addcmul_(through, work.decay.factors.from_start).mul_(inputs.scale), scores)
         return scores, None if leaving is None else inputs.by_row(leaving)
+
+    def _within(self, tile: Tile) -> tuple[TileWork, Tensor]:
+        """A tile, and its scores from within chunks, [m, H, C, M], without the scale."""
+        work = TileWork(self._inputs, tile)
+        return work, _within_chunks(work.dout, work.v, work.k, work.decay.halvings)
 
 
 def softmax_backward(dweights: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtrain.kernels.gated_slot_attention import configs, triton_kernels
 from longtrain.kernels.launching import launch
-from longtrain.kernels.linear_attention.triton_impl import LinearAttentionBackward, LinearAttentionForward
+from longtrain.kernels.linear_attention.triton_impl import LinearAttentionBackward, LinearAttentionForward, Summaries
 from longtrain.kernels.linear_attention.triton_pass import Pass
 
 __all__ = ["LinearAttentionBackward", "LinearAttentionForward", "SlotScores"]
@@ -67,17 +67,20 @@ class SlotScores:
     def __init__(
         self, q: Tensor, k: Tensor, slot: Tensor, log_decay: Tensor, offsets: np.ndarray, *, scale: float
     ) -> None:
-        self._given = slot, slot, k, log_decay, offsets
-        self._pass = _SlotPass(*self._given, scale=scale, dout=q)
+        self._pass = _SlotPass(slot, slot, k, log_decay, offsets, scale=scale, dout=q)
+        self._summaries = Summaries(self._pass, forward=True)
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """log_transition [B, N, H, M] and state [B, N, H, M, K]: S_out = exp(log_transition)[..., None] S_in + it."""
-        return LinearAttentionForward(*self._given, scale=1.0).summaries()
+        return self._summaries.of_segments
+
+    def local(self) -> None:
+        """Nothing: the sums have prepared the slots, and what is within chunks is added where the states were read."""
 
     def finish(self, initial_state: Tensor | None, *, return_state: bool) -> tuple[Tensor, Tensor | None]:
         """The scores [B, T, H, M], float32, and the states after each segment, or None."""
         this = self._pass
-        entering = this.entering(initial_state, None, forward=True)
+        entering = this.entering(initial_state, self._summaries.parts, forward=True)
         leaving = this.empty_part_states() if return_state else None
         scores = this.read_out(entering, leaving)
         return scores, None if leaving is None else this.of_segments(leaving, last=True)

@@ -89,7 +89,9 @@ class TileDecay:
             return self._between
         sums = self.log.squeeze(-1).to(torch.float64).clamp_(min=_STRONGEST).cumsum(-1)
         between = (sums[..., :, None] - sums[..., None, :]).to(self.log.dtype)
-        return exponentials(between.clamp_(max=0)).tril_()  # above the diagonal the clamp keeps exp from overflowing
+        # Above the diagonal the clamp keeps exp from overflowing.
+        self._between = exponentials(between.clamp_(max=0)).tril_()
+        return self._between
 
     @property
     def total(self) -> Tensor:

@@ -15,9 +15,10 @@ and backward, with D_{m+1} the gradient of S_{m+1}:
 Constant Speed" (Qin et al. 2024, equations 9 to 16) for fixed decays. Backward keeps nothing of forward but its inputs.
 
 Each pass is a class with stages, so that a sequence spread over ranks can send what its segments sum up to before the
-rest is computed: `summaries()`, a light sweep of its own (`summing.py`), then `local()` while messages travel, which
-computes what needs no state in the first tiles, then `finish(...)`, which goes tile by tile and keeps no other tile:
-tensors of a whole long segment would cost more than computing them again. An object finishes once.
+rest is computed: `summaries()`, a light sweep of its own (`summing.py`), then `local(...)` while messages travel, which
+computes in the first tiles what needs no state (and in backward all states, since those that enter are known from
+forward), then `finish(...)`, which goes tile by tile and keeps no other tile: tensors of a whole long segment would
+cost more than computing them again. An object finishes once.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from longtrain.kernels.linear_attention.summing import sum_up
 from longtrain.kernels.linear_attention.tiles import Inputs, TileWork
 
-_AHEAD = 4  # tiles that `local` computes: enough to hide a small message, and little to keep
+AHEAD = 4  # tiles that `local` computes: enough to hide a small message, and little to keep
 
 
 class LinearAttentionForward:
@@ -56,7 +57,7 @@ class LinearAttentionForward:
 
     def local(self) -> None:
         """Compute what needs no initial state: the outputs from within the chunks of the first tiles."""
-        for index, tile in enumerate(self._inputs.chunking.tiles[:_AHEAD]):
+        for index, tile in enumerate(self._inputs.chunking.tiles[:AHEAD]):
             work = self._kept[index] = TileWork(self._inputs, tile)
             _ = work.local_out
             work.forget_inputs()
@@ -100,6 +101,7 @@ class LinearAttentionBackward:
         self._inputs = Inputs(q, k, v, log_decay, offsets, scale=scale, dout=dout)
         self._segments, self._dout = (log_decay, offsets), dout
         self._kept: dict[int, TileWork] = {}
+        self._states: list[Tensor] | None = None
 
     def summaries(self) -> Tensor:
         """The gradient of each segment's initial state from its own outputs, [B, N, H, K, V].
@@ -114,16 +116,17 @@ class LinearAttentionBackward:
         """As the forward pass's, [B, N, H, 1 or K]."""
         return self._inputs.decay.log_transition()
 
-    def local(self, *, need_decay_gradient: bool) -> None:
-        """Compute what needs no state and no gradient of one: the gradients from within the chunks of the first tiles.
+    def local(self, initial_state: Tensor | None, *, need_decay_gradient: bool) -> None:
+        """Compute what needs no gradient of a state: all states, and the first tiles' gradients from within chunks.
 
-        need_decay_gradient: as in the `finish` that follows.
+        Both arguments: as in the `finish` that follows.
         """
-        for index, tile in enumerate(self._inputs.chunking.tiles[:_AHEAD]):
+        for index, tile in enumerate(self._inputs.chunking.tiles[:AHEAD]):
             work = self._kept[index] = TileWork(self._inputs, tile)
             work.need_decay_gradient = need_decay_gradient
             _ = work.added_states, work.local_gradients
             work.forget_inputs()
+        self._states = self._carried_states(initial_state)
 
     def finish(
         self,
@@ -139,12 +142,12 @@ class LinearAttentionBackward:
         each, or None for zeros. What is not needed is spared, and None is returned for it.
         """
         inputs, tiles = self._inputs, self._inputs.chunking.tiles
-        entering, dleaving = inputs.by_segment(initial_state), inputs.by_segment(dfinal_state)
+        dleaving = inputs.by_segment(dfinal_state)
         dentering = _like(dleaving, inputs) if need_state_gradient else None
         results = [x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v)]
         if need_decay_gradient:
             results.append(inputs.decay.empty_gradient())
-        states = self._states(entering)
+        states = self._carried_states(initial_state) if self._states is None else self._states
         carried = None
         for index, tile in reversed(list(enumerate(tiles))):
             work = self._kept.pop(index, None) or TileWork(inputs, tile)
@@ -160,8 +163,9 @@ class LinearAttentionBackward:
         dq, dk, dv = results
         return dq, dk, dv, dlog_decay, None if dentering is None else inputs.by_row(dentering)
 
-    def _states(self, entering: Tensor | None) -> list[Tensor]:
+    def _carried_states(self, initial_state: Tensor | None) -> list[Tensor]:
         """For each tile the states before each of its chunks and after the last, [m + 1, H, K, V]."""
+        entering = self._inputs.by_segment(initial_state)
         result: list[Tensor] = []
         for index, tile in enumerate(self._inputs.chunking.tiles):
             work = self._kept.get(index) or TileWork(self._inputs, tile, overwrite=True)

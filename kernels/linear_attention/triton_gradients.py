@@ -1,39 +1,57 @@
 """The backward pass of `triton_impl.py` behind its states: the sweeps for dq, dk, dv, and the decays' gradients."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from longtrain.kernels.launching import Config, launch
 from longtrain.kernels.linear_attention import configs, triton_backward, triton_channels
-from longtrain.kernels.linear_attention.triton_pass import Pass, blocks_of
+from longtrain.kernels.linear_attention.triton_pass import CHANNEL, Pass, blocks_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
+class Read(NamedTuple):
+    """What follows from the states alone, without any gradient of one."""
+
+    states: Tensor | None  # S before each part, [B, P, H, K, V]; None: zeros
+    leaving: Tensor | None  # and behind each part, if the decays' gradient needs it
+    dq: Tensor  # for each head; with decays per channel that of q with its decay in it, without what is within chunks
+    products: tuple[Tensor, Tensor] | None  # r and x, each [blocks, B, T, H], where `scalar_gradients` needs them
+
+
+def read(this: Pass, states: Tensor | None, *, need_decay_gradient: bool) -> Read:
+    """The sweep for dq; states [B, P, H, K, V]: S before each part (None: zeros)."""
+    assert this.do is not None
+    need = need_decay_gradient and this.log is not None
+    leaving = this.empty_part_states() if need else None
+    way = {"forward": True, "transposed": True, "entering": states, "leaving": leaving}
+    if this.form == CHANNEL:
+        dq = this.empty(this.key_width, dtype=torch.float32)
+        this.sweep(this.do, this.v, this.as_rows(this.prepared[1]), dq, **way)
+        return Read(states, leaving, dq, None)
+    dq = _per_head(this, this.q.tensor)
+    products = this.sweep(this.do, this.v, this.k, dq, **way, other=this.q if need else None)
+    return Read(states, leaving, dq, products)
+
+
 def scalar_gradients(
-    this: Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
+    this: Pass, found: Read, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
 ) -> Gradients:
     """dq, dk, dv, dlog_decay for at most one decay per head.
 
-    states, dstates [B, P, H, K, V]: S before and D behind each part (None: zeros); dentering: D before, to be written.
+    dstates [B, P, H, K, V]: D behind each part (None: zeros); dentering: D before, to be written.
     """
     assert this.do is not None
     need = need_decay_gradient and this.log is not None
-    dq, dk = _per_head(this, this.q.tensor), _per_head(this, this.k.tensor)
+    states, leaving, dq, read_products = found
+    dk = _per_head(this, this.k.tensor)
     dv = this.empty(this.value_width, dtype=this.v.tensor.dtype)
-    leaving = this.empty_part_states() if need else None
-    read = this.sweep(
-        *(this.do, this.v, this.k, dq),
-        forward=True,
-        transposed=True,
-        entering=states,
-        leaving=leaving,
-        other=this.q if need else None,
-    )
     written = _keys_values(this, dk, dv, dstates, dentering, need=need)
     dlog = None
-    if read is not None and written is not None:
-        (r, x), (w, y) = ([product.sum(0) for product in products] for products in (read, written))
+    if read_products is not None and written is not None:
+        (r, x), (w, y) = ([product.sum(0) for product in products] for products in (read_products, written))
         dlog = torch.empty_like(r)
         launch(
             triton_backward.decay_gradient,
@@ -49,16 +67,15 @@ def scalar_gradients(
 
 
 def channel_gradients(
-    this: Pass, states: Tensor | None, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
+    this: Pass, found: Read, dstates: Tensor | None, dentering: Tensor | None, *, need_decay_gradient: bool
 ) -> Gradients:
     """`scalar_gradients` for decays per channel."""
     assert this.do is not None
     readers, written, scores, _ = this.prepared
     reading, writing = this.as_rows(readers), this.as_rows(written)
-    dreaders, dwritten = (this.empty(this.key_width, dtype=torch.float32) for _ in range(2))
+    states, leaving, dreaders, _ = found
+    dwritten = torch.empty_like(dreaders)
     dv = this.empty(this.value_width, dtype=this.v.tensor.dtype)
-    leaving = this.empty_part_states() if need_decay_gradient else None
-    this.sweep(*(this.do, this.v, writing, dreaders), forward=True, transposed=True, entering=states, leaving=leaving)
     this.sweep(this.v, this.do, reading, dwritten, forward=False, transposed=True, entering=dstates)
     this.sweep(
         *(writing, reading, this.do, dv),

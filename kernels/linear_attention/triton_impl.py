@@ -28,11 +28,11 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from longtrain.kernels.linear_attention.triton_gradients import channel_gradients, scalar_gradients
+from longtrain.kernels.linear_attention.triton_gradients import Read, channel_gradients, read, scalar_gradients
 from longtrain.kernels.linear_attention.triton_pass import CHANNEL, HEAD, Pass
 
 
-class _Summaries:
+class Summaries:
     """The stage that both passes begin with."""
 
     def __init__(self, shared: Pass, *, forward: bool) -> None:
@@ -64,7 +64,7 @@ class LinearAttentionForward:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, offsets: np.ndarray, *, scale: float
     ) -> None:
         self._pass = Pass(q, k, v, log_decay, offsets, scale=scale)
-        self._summaries = _Summaries(self._pass, forward=True)
+        self._summaries = Summaries(self._pass, forward=True)
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """log_transition [B, N, H, 1 or K] and state [B, N, H, K, V]: S_out = exp(log_transition) S_in + state."""
@@ -107,7 +107,8 @@ class LinearAttentionBackward:
         # Where the decays are no input of training, shorter parts would cost bytes; which it is, only finish is told.
         short = log_decay is not None and log_decay.ndim > 1
         self._pass = Pass(q, k, v, log_decay, offsets, scale=scale, dout=dout, short_parts=short)
-        self._summaries = _Summaries(self._pass, forward=False)
+        self._summaries = Summaries(self._pass, forward=False)
+        self._read: Read | None = None
 
     def summaries(self) -> Tensor:
         """The gradient of each segment's initial state from its own outputs, [B, N, H, K, V]."""
@@ -117,10 +118,10 @@ class LinearAttentionBackward:
         """As the forward pass's, [B, N, H, 1 or K]."""
         return self._summaries.of_segments[0]
 
-    def local(self, *, need_decay_gradient: bool) -> None:
-        """Compute what needs no gradient of a state: nothing, as in the forward pass."""
-        if self._pass.form == CHANNEL:
-            _ = self._pass.prepared
+    def local(self, initial_state: Tensor | None, *, need_decay_gradient: bool) -> None:
+        """Run the sweep that needs no gradient of a state, which is that for dq."""
+        states = self._pass.entering(initial_state, None, forward=True)
+        self._read = read(self._pass, states, need_decay_gradient=need_decay_gradient)
 
     def finish(
         self,
@@ -132,11 +133,13 @@ class LinearAttentionBackward:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The gradients of q, k, v, log_decay and initial_state, as in `torch_impl`."""
         this = self._pass
-        states = this.entering(initial_state, None, forward=True)
+        if self._read is None:
+            self.local(initial_state, need_decay_gradient=need_decay_gradient)
+        assert self._read is not None
         dstates = this.entering(dfinal_state, self._summaries.parts, forward=False)
         dentering = this.empty_part_states() if need_state_gradient or need_decay_gradient else None
         gradients = channel_gradients if this.form == CHANNEL else scalar_gradients
-        dq, dk, dv, dlog = gradients(this, states, dstates, dentering, need_decay_gradient=need_decay_gradient)
+        dq, dk, dv, dlog = gradients(this, self._read, dstates, dentering, need_decay_gradient=need_decay_gradient)
         dinitial = None
         if need_state_gradient and dentering is not None:
             dinitial = this.of_segments(dentering, last=False)

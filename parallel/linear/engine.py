@@ -1,13 +1,15 @@
 """The scan over ranks, for every linear mixer and every exchange of summaries: a rank's forward and backward.
 
 A rank sums up each of its runs of consecutive tokens as one pair (transition, state). These small pairs travel, and
-tell every rank which state enters each of its runs; it joins in where the outputs are computed. Backward is the same
-the other way round over the gradients of the states: it sends only those, since forward's transitions were kept.
+tell every rank which state enters each of its runs; it joins in where the outputs are computed, and so messages travel
+while the rank computes what needs no state (`local`). Backward is the same the other way round over the gradients of
+the states: it sends only those, since forward's transitions were kept, and meanwhile computes what needs none of them.
 (Katharopoulos et al. 2020, "Transformers are RNNs"; Sun et al. 2024, "Linear Attention Sequence Parallelism".)
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,7 +82,8 @@ def scan_backward(
             dfinal = None if dstate is None else dstate[..., part]
             if call.exchanges:
                 own = _of_runs(plan, run.summaries(), plan.first)
-                leaving, found = EXCHANGES[call.strategy].gradients(own, kept, dfinal, call, run.local)
+                local = partial(run.local, before)  # which forward has kept, so that no message brings it
+                leaving, found = EXCHANGES[call.strategy].gradients(own, kept, dfinal, call, local)
                 run.finish(before, _to_segments(plan, leaving, plan.last), need_state=False)
             else:
                 leaving: list[Tensor | None] = [None] * len(plan.last)

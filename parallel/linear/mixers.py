@@ -81,8 +81,8 @@ class BackwardPass(Protocol):
         """D_ext of each segment, [B, N, H, rows, columns of the part]."""
         ...
 
-    def local(self) -> None:
-        """As in forward."""
+    def local(self, entering: Tensor | None) -> None:
+        """As in forward, what needs no gradient of a state; from the states before each segment, as in `finish`."""
         ...
 
     def finish(self, entering: Tensor | None, leaving: Tensor | None, *, need_state: bool) -> Tensor | None:
@@ -153,7 +153,7 @@ class _LinearAttention(Mixer):
     def forward(self, tensors: Tensors, offsets: np.ndarray, *, scale: float, backend: str) -> ForwardPass:
         q, k, v, log_decay = tensors
         run = linear_attention_stages(backend).forward(q, k, v, log_decay, offsets, scale=scale)
-        return _OneStateForward(run, decays=True, local=run.local)
+        return _OneStateForward(run, decays=True)
 
     def backward(self, tensors: Tensors, offsets: np.ndarray, dout: Tensor, given: Given) -> BackwardPass:
         q, k, v, log_decay = tensors
@@ -178,8 +178,9 @@ class _DeltaRule(Mixer):
         return _OneStateForward(run(*tensors, offsets, scale=scale), decays=False)
 
     def backward(self, tensors: Tensors, offsets: np.ndarray, dout: Tensor, given: Given) -> BackwardPass:
-        _, run = delta_rule_stages(given.backend)
-        return _OneStateBackward(run(*tensors, offsets, dout, scale=given.scale), need_decay=given.need_decay)
+        _, backward = delta_rule_stages(given.backend)
+        run = backward(*tensors, offsets, dout, scale=given.scale)
+        return _OneStateBackward(run, need_decay=given.need_decay, local=run.local)
 
 
 class _SlotAttention(Mixer):
@@ -214,32 +215,30 @@ class _SlotAttention(Mixer):
 class _OneStateForward:
     """Linear attention and the delta rule: their passes have these stages already."""
 
-    def __init__(self, run: Any, *, decays: bool, local: Callable[[], None] | None = None) -> None:
-        self._run, self._decays, self._local = run, decays, local
+    def __init__(self, run: Any, *, decays: bool) -> None:
+        self._run, self._decays = run, decays
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         transition, state = self._run.summaries()
         return transition.exp() if self._decays else transition, state
 
     def local(self) -> None:
-        if self._local is not None:
-            self._local()
+        self._run.local()
 
     def finish(self, entering: Tensor | None, *, return_state: bool) -> tuple[Tensor, Tensor | None, None]:
         return *self._run.finish(entering, return_state=return_state), None
 
 
 class _OneStateBackward:
-    def __init__(self, run: Any, *, need_decay: bool, local: Callable[[], None] | None = None) -> None:
+    def __init__(self, run: Any, *, need_decay: bool, local: Callable[[Tensor | None], None]) -> None:
         self._run, self._need_decay, self._local = run, need_decay, local
         self._gradients: Tensors = ()
 
     def summaries(self) -> Tensor:
         return self._run.summaries()
 
-    def local(self) -> None:
-        if self._local is not None:
-            self._local()
+    def local(self, entering: Tensor | None) -> None:
+        self._local(entering)
 
     def finish(self, entering: Tensor | None, leaving: Tensor | None, *, need_state: bool) -> Tensor | None:
         *self._gradients, dinitial = self._run.finish(
@@ -262,7 +261,7 @@ class _SlotForward:
         return log_transition.exp(), join_states(keys, values)
 
     def local(self) -> None:
-        pass
+        self._run.local()
 
     def finish(self, entering: Tensor | None, *, return_state: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         given = None if entering is None else split_states(entering, self._key_width)
@@ -280,8 +279,12 @@ class _SlotBackward:
     def summaries(self) -> Tensor:
         return turned(self._run.key_summaries()) if self._values_done else self._run.value_summaries()
 
-    def local(self) -> None:
-        pass
+    def local(self, entering: Tensor | None) -> None:
+        keys, values = (None, None) if entering is None else split_states(entering, self._key_width)
+        if self._values_done:
+            self._run.local_keys(keys)
+        else:
+            self._run.local_values(values)
 
     def finish(self, entering: Tensor | None, leaving: Tensor | None, *, need_state: bool) -> Tensor | None:
         keys, values = (None, None) if entering is None else split_states(entering, self._key_width)

@@ -193,8 +193,10 @@ def test_two_pieces_joined_by_their_summaries_are_one(cut, groups, monkeypatch):
     kept_keys, kept_values = decayed(log, torch.cat((keys, keys), 1), torch.cat((values, values), 1))
     middle_keys, middle_values = (kept_keys + added_keys)[:, :1], (kept_values + added_values)[:, :1]
     entering = torch.cat((keys, middle_keys), 1), torch.cat((values, middle_values), 1)
+    forward.local()
     found, found_weights, leaving = forward.finish(entering)
     assert leaving is not None
+    assert torch.equal(SlotAttentionForward(*tensors, pieces, scale=0.4).finish(entering)[0], found)
     torch.testing.assert_close(found, out, rtol=1e-12, atol=1e-12)
     for a, b in zip(leaving, final, strict=True):
         torch.testing.assert_close(a[:, 1:], b, rtol=1e-12, atol=1e-12)
@@ -203,10 +205,12 @@ def test_two_pieces_joined_by_their_summaries_are_one(cut, groups, monkeypatch):
     torch.testing.assert_close(backward.log_transition(), log, rtol=0, atol=0)
     added = backward.value_summaries()
     dmiddle = decayed(log[:, 1:], dkeys, dvalues)[1] + added[:, 1:]
+    backward.local_values(entering[1])
     dentering = backward.finish_values(entering[1], torch.cat((dmiddle, dvalues), 1))
     torch.testing.assert_close(dentering[:, :1], true_dvalues, rtol=1e-12, atol=1e-12)
     added = backward.key_summaries()
     dmiddle = decayed(log[:, 1:], dkeys, dvalues)[0] + added[:, 1:]
+    backward.local_keys(entering[0])
     *gradients, dentering = backward.finish(entering[0], torch.cat((dmiddle, dkeys), 1))
     torch.testing.assert_close(dentering[:, 1:], dmiddle, rtol=1e-12, atol=1e-12)
     for a, b in zip((*gradients, dentering[:, :1]), true, strict=True):

@@ -71,7 +71,7 @@ def test_two_pieces_joined_by_their_summaries_are_one(decay, cut, groups, staged
     assert torch.equal(backward.log_transition(), logs)
     dmiddle = carried(logs[:, 1], dfinal[:, 0]) + dstates[:, 1]
     if staged:
-        backward.local(**need)
+        backward.local(entering, **need)
     else:
         backward = LinearAttentionBackward(q, k, v, g, one, dout, scale=0.7)
     *gradients, dentering = backward.finish(entering, torch.stack((dmiddle, dfinal[:, 0]), 1), **need)
@@ -114,7 +114,7 @@ def test_stages_without_tokens(decay):
     backward = LinearAttentionBackward(q, k, v, g, np.array([0]), dout, scale=1.0)
     dstates = backward.summaries()
     need = decay != "none"
-    backward.local(need_decay_gradient=need)
+    backward.local(states, need_decay_gradient=need)
     assert backward.log_transition().shape == logs.shape and dstates.shape == states.shape
     *gradients, dinitial = backward.finish(states, dstates, need_decay_gradient=need)
     assert dinitial is not None and dinitial.shape == states.shape

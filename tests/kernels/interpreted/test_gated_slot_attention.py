@@ -56,12 +56,15 @@ def test_stages_are_those_of_the_torch_path(monkeypatch):
     for backend in ("triton", "torch"):
         forward = SlotAttentionForward(*tensors, offsets, scale=0.4, backend=backend)
         results = list(forward.summaries())
+        forward.local()
         out, weights, final = forward.finish((keys, values))
         assert final is not None
         options = {"scale": 0.4, "backend": backend}
         backward = SlotAttentionBackward(*tensors, weights, offsets, this.gradients["out"], **options)
         results += [out, weights, *final, backward.log_transition(), backward.value_summaries()]
+        backward.local_values(values)
         results += [backward.finish_values(values, 2 * values), backward.key_summaries()]
+        backward.local_keys(keys)
         found.append([*results, *backward.finish(keys, 3 * keys)])
     for got, true in zip(*found, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5 * float(true.abs().max()))

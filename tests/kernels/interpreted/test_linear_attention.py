@@ -66,7 +66,7 @@ def test_stages_are_those_of_torch(decay):
         found += forward.finish(state.to(dtype))
         backward = module.LinearAttentionBackward(q, k, v, g, bounds, dout, scale=0.7)
         found += [backward.summaries(), backward.log_transition()]
-        backward.local(need_decay_gradient=g is not None)
+        backward.local(state.to(dtype), need_decay_gradient=g is not None)
         found += backward.finish(state.to(dtype), dstate.to(dtype), need_decay_gradient=g is not None)
         return found
 
