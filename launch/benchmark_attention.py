@@ -323,8 +323,7 @@ def _setting(chosen: Options) -> str:
         ["measured", "forward and backward pass of the attention call, causal; plans are made once before, per batch"],
         [
             "method",
-            f"all workers alive, in turn, {chosen.repeats} times each after one run of warm-up, best of each; waiting "
-            "threads sleep (OMP_WAIT_POLICY=passive)",
+            f"all workers alive, in turn, {chosen.repeats} times each after one run of warm-up, best of each",
         ],
         [
             "checked first",

@@ -13,8 +13,6 @@ from typing import Any, cast
 from longtrain.launch.local import KEEP_MEMORY
 
 LOG_CHARACTERS = 3000  # of a worker that died
-# Threads that wait in a spinning loop would take time from the side that is measured: let them sleep at once.
-SLEEP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 class Team:
@@ -87,7 +85,6 @@ class Team:
             "PYTHONSAFEPATH": "1",
             "OMP_NUM_THREADS": str(threads),
             **KEEP_MEMORY,
-            **SLEEP,
         }
         with self._log(rank).open("wb") as log:
             worker = subprocess.Popen(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtrain.kernels.linear_attention import chunking
-from longtrain.parallel.linear import allgather, alltoall, chain, mixers, operators
+from longtrain.parallel.linear import allgather, alltoall, chain, engine, mixers
 from tests.distributed import run_distributed
 from tests.parallel.comparing import world_group
 from tests.parallel.linear_cases import Case, over_ranks
@@ -54,7 +54,7 @@ def _events(case: Case, patch: pytest.MonkeyPatch) -> tuple[list[str], dict[str,
     events: list[str] = []
 
     def scan(name: str) -> Callable[..., Any]:
-        run = getattr(operators, name)
+        run = getattr(engine, name)
 
         def watched(*args: Any, **options: Any) -> Any:
             events.append(name)
@@ -74,7 +74,7 @@ def _events(case: Case, patch: pytest.MonkeyPatch) -> tuple[list[str], dict[str,
         return Watched(message, events)
 
     for name in ("scan_forward", "scan_backward"):
-        patch.setattr(operators, name, scan(name))
+        patch.setattr(engine, name, scan(name))
     patch.setattr(module, begins, started)
     return events, over_ranks(case, torch.float32, world_group())
 
