@@ -42,8 +42,8 @@ def part_states(architecture: str, kind: str, width: str) -> Config:
     return Config({"BK": 128, "BV": 64 if architecture == "sm_80" else 128}, 8, 3)
 
 
-def sweep(architecture: str, kind: str, width: str) -> Config:
-    """Blocks of outputs: BO columns of them beside all of the contracted width."""
+def sweep(architecture: str, kind: str, width: str, *, by_channel: bool = False) -> Config:
+    """Blocks of outputs: BO columns of them beside all of the contracted width. by_channel: decays per channel."""
     if kind == "wide":
         return Config({"BO": 16}, 8, 1)
     if architecture == "gfx942":
@@ -52,7 +52,9 @@ def sweep(architecture: str, kind: str, width: str) -> Config:
         return Config({"BO": 16 if width == "broad" else 32}, 8, 1 if width == "broad" else 2)
     if width == "broad":
         return Config({"BO": 32}, 8, 2)
-    return Config({"BO": 64}, 8, 3 if width == "narrow" else 2)
+    stages = 3 if width == "narrow" else 2
+    # At 8 warps and decays per channel some widths (96) spill a few bytes.
+    return Config({"BO": 64}, 4 if by_channel and (architecture, width) == ("sm_100", "middle") else 8, stages)
 
 
 def keys_values(architecture: str, kind: str, width: str) -> Config:
@@ -61,12 +63,14 @@ def keys_values(architecture: str, kind: str, width: str) -> Config:
     return Config(config.constants, 8 if kind == "half" and width != "narrow" else config.num_warps, config.num_stages)
 
 
-def narrow_enough(kind: str, width: str, precision: str) -> bool:
+def narrow_enough(architecture: str, kind: str, width: str, precision: str) -> bool:
     """Whether a product of matrices with a state has room for its operands.
 
     In full float32 they stay in registers: wider sweeps go token by token (`triton_tokens.py`), those for decays per
     channel by rows (`times_state`).
     """
+    if (architecture, kind, width) == ("sm_100", "wide", "broad"):  # a few bytes spill at any number of warps
+        return False
     return not (kind == "wide" and precision == "ieee") or width == "narrow"
 
 
@@ -74,6 +78,8 @@ def tokens(architecture: str, kind: str, width: str, *, products: bool, fixed: b
     """The sweeps token by token, with the blocks of `sweep`; for products they keep two states. fixed: one decay."""
     if architecture == "sm_100" and fixed and not products:
         return Config({}, 2, 1)
+    if architecture == "sm_100" and (kind, width) == ("half", "narrow"):  # 8 warps spill 8 bytes
+        return Config({}, 4, 1)
     return Config({}, 8 if products and (kind, width) not in (("wide", "narrow"), ("wide", "middle")) else 4, 1)
 
 

@@ -192,7 +192,7 @@ class Pass:
     @property
     def narrow_enough(self) -> bool:
         """`configs.narrow_enough`."""
-        return configs.narrow_enough(self.kind, self.key[2], self.constants["PRECISION"])
+        return configs.narrow_enough(*self.key, self.constants["PRECISION"])
 
     @property
     def by_tokens(self) -> bool:
@@ -219,7 +219,7 @@ class Pass:
         With scores, a and b have decays in them; plain: the same without. other: where given, other . out is returned,
         as far as it came through states and from other tokens of the chunk, each [blocks, B, T, H].
         """
-        config = configs.sweep(*self.key)
+        config = configs.sweep(*self.key, by_channel=self.form == CHANNEL)
         block = min(config.constants["BO"], block_of(c.width))
         blocks = blocks_of(c.width, block)
         programs = self.batch * self.heads * self.plan.count * blocks

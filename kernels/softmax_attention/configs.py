@@ -71,7 +71,7 @@ _FLOAT32 = {
     "dkdv": {64: (32, 32, 16, 4, 1), 128: (32, 32, 32, 8, 1), 256: (16, 16, 16, 4, 1)},
 }
 
-_OTHER_FLOAT32 = {("dkdv", "gfx942", 128): (32, 32, 16, 4, 1)}
+_OTHER_FLOAT32 = {("dkdv", "gfx942", 128): (32, 32, 16, 4, 1), ("dq", "gfx942", 256): (16, 16, 16, 4, 1)}
 
 # Where full blocks are loaded by the tensor memory accelerator: forward at width 128 on sm_90 takes 222 registers, not
 # 251. Triton's own attention example and FlashAttention-3 load so; of FlexAttention's forward 41 instead of 50 ms were
