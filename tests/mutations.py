@@ -28,14 +28,20 @@ if __name__ == "__main__":
     package.__path__ = [str(folder)]
     sys.modules |= {"tests": package, "tests.mutations": sys.modules["__main__"]}
 
-from tests.mutated import attention, linear_mixers, torch_kernels, triton_kernels
+from tests.mutated import attention, linear_mixers, softmax_kernels, torch_kernels, triton_kernels
 from tests.mutated.mutation import Mutation
 
 if TYPE_CHECKING:
     from tests.mutation_runs import Outcome
 
 LIMIT = 180.0  # seconds for a mutation's tests; some mutations make ranks wait for each other
-MUTATIONS = attention.MUTATIONS + torch_kernels.MUTATIONS + triton_kernels.MUTATIONS + linear_mixers.MUTATIONS
+MUTATIONS = (
+    attention.MUTATIONS
+    + torch_kernels.MUTATIONS
+    + triton_kernels.MUTATIONS
+    + softmax_kernels.MUTATIONS
+    + linear_mixers.MUTATIONS
+)
 
 
 def run(mutations: Iterable[Mutation], *, limit: float = LIMIT) -> "dict[str, Outcome]":
