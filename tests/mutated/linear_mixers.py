@@ -10,10 +10,12 @@ SCAN = "tests/parallel/test_linear.py::"
 RECURRENCE, FEWER = f"{SCAN}test_equals_the_recurrence[3]", f"{SCAN}test_equals_the_recurrence[2]"
 MIXERS, ENGINE = "parallel/linear/mixers.py", "parallel/linear/engine.py"
 RUNS, GATHER = "parallel/scan.py", "parallel/linear/allgather.py"
-SHARES, CHAIN = "parallel/linear/alltoall.py", "parallel/linear/chain.py"
-ULYSSES = "parallel/linear/ulysses.py"
 SCATTER, CHAIN, ULYSSES = (f"parallel/linear/{name}.py" for name in ("alltoall", "chain", "ulysses"))
 STRATEGIES = "tests/parallel/test_linear_strategies.py::"
+LOCAL = tuple(
+    f"tests/parallel/test_linear_local.py::test_ranks_compute_while_messages_travel_and_the_numbers_are_the_same[{mixer}]"
+    for mixer in ("linear", "delta", "slot")
+)
 EVERY_STRATEGY = f"{SCAN}test_every_strategy_is_the_recurrence"
 CONVOLVE, HALO = "parallel/conv1d.py", "parallel/halo.py"
 
@@ -159,19 +161,21 @@ MUTATIONS = (
     # The exchanges of summaries.
     Mutation(
         "share-with-another-run-s-transition",
-        SHARES,
+        SCATTER,
         "carry(transitions[run.rank, run.slot], x)",
         "carry(transitions[0, run.slot], x)",
         (RECURRENCE,),
     ),
     Mutation(
         "share-s-columns-from-the-start",
-        SHARES,
+        SCATTER,
         "begin = share.start - share.first * columns",
         "begin = 0",
         (RECURRENCE,),
     ),
-    Mutation("share-of-one-rank-s-last-gradient", SHARES, "summaries[:, -1].sum(0)", "summaries[0, -1]", (RECURRENCE,)),
+    Mutation(
+        "share-of-one-rank-s-last-gradient", SCATTER, "summaries[:, -1].sum(0)", "summaries[0, -1]", (RECURRENCE,)
+    ),
     Mutation(
         "chain-hands-on-its-own-state-only",
         CHAIN,
@@ -199,5 +203,40 @@ MUTATIONS = (
         "dstate = reduce_scatter_parts(dstate.transpose(0, 1), shares, call.shard.group).transpose(0, 1)",
         "dstate = world * dstate[:, exchange.own_heads]",
         (FEWER,),
+    ),
+    # What is computed while messages travel.
+    *(
+        Mutation(
+            f"nothing-local-before-the-states-are-there-{test[:-1].rpartition('[')[2]}",
+            ENGINE,
+            "exchange.states(transition, state, initial, call, run.local)",
+            "exchange.states(transition, state, initial, call, lambda: None)",
+            (test,),
+        )
+        for test in LOCAL
+    ),
+    *(
+        Mutation(
+            f"nothing-local-before-the-gradients-are-there-{test[:-1].rpartition('[')[2]}",
+            ENGINE,
+            "local = partial(run.local, before)",
+            "local = partial(len, ())",
+            (test,),
+        )
+        for test in LOCAL
+    ),
+    Mutation(
+        "keys-of-slots-not-read-while-their-gradient-travels",
+        MIXERS,
+        "            self._run.local_keys(keys)\n",
+        "            pass\n",
+        (LOCAL[2],),
+    ),
+    Mutation(
+        "local-forgets-what-entered",
+        ENGINE,
+        "local = partial(run.local, before)",
+        "local = partial(run.local, None)",
+        (RECURRENCE,),
     ),
 )

@@ -10,6 +10,7 @@ SHARED = "test_queries_and_keys_may_be_shared_differently"  # float64, slow deca
 PIECES = "test_two_pieces_joined_by_their_summaries_are_one"
 OF_TOKENS = f"{EDGES}{PIECES}[token-64-2-True]"
 OF_DELTA = f"{DELTA}{PIECES}[token-64-2-matrix]"
+TRAVEL = "test_ranks_compute_while_messages_travel_and_the_numbers_are_the_same"
 HALOS = f"{CONV}test_pieces_with_halos_are_the_whole[torch-30]"
 
 DECAYS, CHUNKING = "kernels/linear_attention/decays.py", "kernels/linear_attention/chunking.py"
@@ -232,4 +233,33 @@ MUTATIONS = (
     ),
     Mutation("weight-gradient-not-summed", LOOP, "add=block in self._begun)", "add=False)", (f"{LOSS}{REFERENCE}",)),
     Mutation("softcap-slope-dropped", LOSS_STEPS, "logits.mul_(slope)", "pass", (f"{LOSS}{REFERENCE}",)),
+    # What `local` does while messages travel, and hands to `finish`.
+    Mutation(
+        "local-states-from-nothing",
+        CHUNKS,
+        "self._states = self._carried_states(initial_state)",
+        "self._states = self._carried_states(None)",
+        (OF_TOKENS,),
+    ),
+    Mutation(
+        "local-states-of-the-delta-rule-from-nothing",
+        ERASING,
+        "entering, carried = self._inputs.by_segment(initial_state), None",
+        "entering, carried = None, None",
+        (OF_DELTA,),
+    ),
+    Mutation(
+        "slots-queries-gradient-without-what-entered",
+        SLOT_PASSES,
+        "self._dq, _ = self._outputs.finish(initial, return_state=False)",
+        "self._dq, _ = self._outputs.finish(None, return_state=False)",
+        (f"{SLOTS}{PIECES}[64-2]",),
+    ),
+    Mutation(
+        "local-scores-of-the-tile-before",
+        SLOT_SCORES,
+        "work, _ = self._kept[index] = self._within(tile)",
+        "work, _ = self._kept[index] = self._within(self._inputs.chunking.tiles[max(index - 1, 0)])",
+        ("tests/parallel/test_linear_local.py::" + TRAVEL + "[slot]",),
+    ),
 )

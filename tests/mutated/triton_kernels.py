@@ -210,4 +210,19 @@ MUTATIONS = (
     ),
     Mutation("target-s-gradient-dropped", SOFTMAX, "tl.where(column == target, dz - dloss, dz)", "dz", (LOSS,)),
     Mutation("triton-softcap-slope-dropped", SOFTMAX, "dz = slope * tl.where", "dz = tl.where", (LOSS,)),
+    # What `local` does while messages travel, and hands to `finish`.
+    Mutation(
+        "triton-local-states-from-nothing",
+        "kernels/linear_attention/triton_impl.py",
+        "states = self._pass.entering(initial_state, None, forward=True)",
+        "states = self._pass.entering(None, None, forward=True)",
+        (FOLDER + "linear_attention.py::test_stages_are_those_of_torch[token]",),
+    ),
+    Mutation(
+        "triton-local-states-of-the-delta-rule-from-nothing",
+        "kernels/gated_delta_rule/triton_impl.py",
+        "call.carry(self._ready[0], call.by_segment(initial_state), states=self._states)",
+        "call.carry(self._ready[0], None, states=self._states)",
+        (PIECES,),
+    ),
 )
