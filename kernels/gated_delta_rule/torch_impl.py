@@ -9,9 +9,9 @@ from chunk to chunk:
 Each pass is a class with stages, so that a sequence spread over ranks can send what its segments sum up to before the
 rest is computed: `summaries()`, then `local(...)` while messages travel, which computes what needs no state (and in
 backward all states, since those that enter are known from forward), then `finish(...)`. Between the stages a tile keeps
-U0 and W (and P, where `local` computed it), as large as k and v, and the rest is computed again: a tenth to a third more
-time for a quarter to two fifths of the memory (docs/benchmarks/mixers_cpu.md). `finish` alone goes tile by tile and keeps
-no tile. An object finishes once. Backward keeps nothing of forward but its inputs.
+U0 and W (and P, where `local` computed it), as large as k and v, and the rest is computed again: a tenth to a third
+more time for a quarter to two fifths of the memory (docs/benchmarks/mixers_cpu.md). `finish` alone goes tile by tile
+and keeps no tile. An object finishes once. Backward keeps nothing of forward but its inputs.
 """
 
 from collections.abc import Sequence
