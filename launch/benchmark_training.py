@@ -19,7 +19,7 @@ from longtrain.errors import UsageError
 from longtrain.launch.local import KEEP_MEMORY, cores, processes_for
 
 if TYPE_CHECKING:
-    from longtrain.config import Recipe
+    from longtrain.recipe import Recipe
 
 LOSS_TOLERANCE = 1e-3  # relative: the two sum float32 numbers in different orders, and some steps of training widen it
 LOSS_TOLERANCE_BFLOAT16 = 3e-2
@@ -42,7 +42,8 @@ def run(recipe_name: str, overrides: Sequence[str], *, repeats: int, steps: int,
     Raises:
         UsageError: the recipe, or one of these numbers, cannot work.
     """
-    from longtrain.config import compose, degrees
+    from longtrain.config import compose
+    from longtrain.recipe import degrees
 
     for name, value, least in (("repeats", repeats, 1), ("steps", steps, 1), ("warm-up", warm_up, 0)):
         if value < least:

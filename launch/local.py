@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from longtrain.errors import FAILURE_FOLDER, Failure, UsageError, read_failure
 
 if TYPE_CHECKING:  # the config brings torch along, which only some launches need this early
-    from longtrain.config import Recipe
+    from longtrain.recipe import Recipe
 
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 0.5  # seconds in which other ranks' failures are gathered after one is seen, to tell which came first

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longtrain.config import Recipe, compose
+from longtrain.config import compose
 from longtrain.data import IGNORE, Sequences, build_data
 from longtrain.errors import report_failure
 from longtrain.model import Decoder
 from longtrain.optimizer import Optimizers, learning_rate_factor
 from longtrain.parallel import SequenceShard
+from longtrain.recipe import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

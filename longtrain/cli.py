@@ -154,8 +154,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     """Check a recipe, start one process per GPU (on CPU: launch.processes), and train."""
     from longtrain import run_folder
-    from longtrain.config import compose, degrees, quoted_override
+    from longtrain.config import compose, quoted_override
     from longtrain.launch.local import processes_for, run_ranks, train_command
+    from longtrain.recipe import degrees
 
     recipe = compose(arguments.recipe, arguments.overrides)
     processes = processes_for(recipe)

@@ -1,14 +1,12 @@
 """From a recipe's name and the command line's ``key=value`` to one frozen, checked `Recipe`.
 
-Hydra composes the YAML; the dataclasses below (and those beside the code that they configure) say which keys and types
-exist. Whatever cannot work is refused here, in one line, before any process starts.
+Hydra composes the YAML; the dataclasses of `recipe` say which keys and types exist. Whatever cannot be read is refused
+here, in one line, before any process starts.
 """
 
 import dataclasses
-import math
 import re
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +21,16 @@ from yaml import YAMLError
 
 import longtrain.recipes
 from longtrain import run_folder
-from longtrain.data import DataConfig, check_data
 from longtrain.errors import UsageError
-from longtrain.layers.pattern import LayersConfig, named_layers, nearest, type_name
-from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
-from longtrain.model import ModelConfig
-from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
-from longtrain.parallel.attention import STRATEGIES
-from longtrain.parallel.layouts import layout_named
-from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
-from longtrain.trainer import PRECISIONS, TrainerConfig
+from longtrain.layers.pattern import nearest, type_name
+from longtrain.recipe import Recipe, check
 
 RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
-ENGINES = ("fsdp",)
 # Any mapping of options is allowed here; the mixers themselves check it.
 FREE = ("layers.mixers",)
 # May be a list or a mapping, and the command line gives it whole: Hydra would merge mappings, and refuse the change of
 # one into the other.
 WHOLE = ("layers.pattern",)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How many ranks share what."""
-
-    sequence: int | None = None
-    data: int | None = None
-    rows: int = 1
-    layout: str = "zigzag"
-    strategy: str = "auto"
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How `longtrain train` starts its processes."""
-
-    processes: int | None = None
-    device: str = "auto"
-    timeout: float = 600.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a run depends on. `recipes/base.yaml` says what each key means."""
-
-    recipe: str = ""
-    run_dir: str | None = None
-    resume: str | None = None
-    seed: int = 0
-    engine: str = "fsdp"
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    layers: LayersConfig = field(default_factory=LayersConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 def recipe_names() -> list[str]:
@@ -162,7 +112,7 @@ def from_mapping(composed: DictConfig) -> Recipe:
             f"{key}: got {value!r}, expected {type_name(kind) if kind else 'a value of another type'}"
         ) from error
     assert isinstance(recipe, Recipe)
-    _check(recipe)
+    check(recipe)
     return recipe
 
 
@@ -271,127 +221,6 @@ def _refuse_unknown(given: dict[Any, Any], kind: type, prefix: str) -> None:
                 below = ", ".join(f"{key}.{part}" for part in typing.get_type_hints(hints[name]))
                 raise UsageError(f"{key}: got {value!r}, expected keys below it: {below}")
             _refuse_unknown(value, typing.cast(type, hints[name]), f"{key}.")
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuse what has the right type and still cannot work."""
-    _at_least("seed", recipe.seed, 0)
-    _at_most("seed", recipe.seed, 2**63 - 1)
-    for key, value in (("run_dir", recipe.run_dir), ("resume", recipe.resume)):
-        if value == "":
-            raise UsageError(f"{key}: got an empty name, expected a folder (null: none given)")
-    _one_of("engine", recipe.engine, ENGINES)
-    _one_of("memory.recompute", recipe.memory.recompute, RECOMPUTE_POLICIES)
-    if recipe.parallel.strategy in set(SCAN_STRATEGIES) - set(STRATEGIES):
-        raise UsageError(
-            f"parallel.strategy: got {recipe.parallel.strategy!r}, which is a way for states of linear mixers: "
-            f"layers.mixers.NAME.strategy takes it; expected for attention one of {', '.join(map(repr, STRATEGIES))}"
-        )
-    _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
-    _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
-    _one_of("launch.device", recipe.launch.device, ("auto", "cpu", "cuda"))
-    check_data(recipe.data)
-    _at_least("model.width", recipe.model.width, 1)
-    _at_least("model.depth", recipe.model.depth, 1)
-    _at_least("launch.timeout", recipe.launch.timeout, 1)
-    _at_most("launch.timeout", recipe.launch.timeout, 1e6)
-    _at_least("model.norm_eps", recipe.model.norm_eps, 0)
-    _at_most("model.norm_eps", recipe.model.norm_eps, 1)
-    _at_most("model.width", recipe.model.width, 2**20)
-    _at_least("parallel.rows", recipe.parallel.rows, 1)
-    for key in ("model.mlp_width", "parallel.sequence", "parallel.data", "launch.processes"):
-        section, name = key.split(".")
-        value = getattr(getattr(recipe, section), name)
-        if value is not None:
-            _at_least(key, value, 1)
-    _check_trainer(recipe.trainer)
-    check_optimizer(recipe.optimizer, recipe.schedule)
-    try:
-        layout_named(recipe.parallel.layout)
-    except ValueError as error:
-        raise UsageError(f"parallel.{error}") from error
-    try:
-        named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if recipe.launch.processes is not None:
-        degrees(recipe, recipe.launch.processes)
-    elif recipe.parallel.sequence is not None:
-        _check_ranks(recipe, recipe.parallel.sequence)
-
-
-def _check_trainer(trainer: TrainerConfig) -> None:
-    _at_least("trainer.steps", trainer.steps, 1)
-    _at_least("trainer.sequences", trainer.sequences, 1)
-    _at_least("trainer.accumulation", trainer.accumulation, 1)
-    _at_least("trainer.evaluate_every", trainer.evaluate_every, 0)
-    _at_least("trainer.evaluate_sequences", trainer.evaluate_sequences, 1)
-    _at_least("trainer.checkpoint_every", trainer.checkpoint_every, 0)
-    _at_least("trainer.keep_checkpoints", trainer.keep_checkpoints, 1)
-    if not trainer.clip > 0:
-        raise UsageError(f"trainer.clip: got {trainer.clip}, expected a norm above 0 (.inf: no clipping)")
-
-
-def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """(data, sequence) degrees for this many processes; null ones are worked out.
-
-    Raises:
-        UsageError: the degrees do not fit the processes, or the step's sequences do not fit the degrees.
-    """
-    data, sequence = recipe.parallel.data, recipe.parallel.sequence
-    for key, degree in (("parallel.sequence", sequence), ("parallel.data", data)):
-        if degree is not None and processes % degree:
-            fits = [str(n) for n in range(1, processes + 1) if processes % n == 0]
-            raise UsageError(
-                f"{key}: got {degree}, it must divide the {processes} processes (launch.processes): {', '.join(fits)}"
-            )
-    if sequence is None:
-        sequence = processes // (data or 1)
-    if data is None:
-        data = processes // sequence
-    if data * sequence != processes:
-        raise UsageError(
-            f"parallel.data: got {data} x parallel.sequence = {sequence}, that is {data * sequence} and not the "
-            f"{processes} processes; parallel.data={processes // sequence} would work"
-        )
-    _check_ranks(recipe, sequence)
-    micro = data * recipe.trainer.accumulation
-    if recipe.trainer.sequences % micro:
-        raise UsageError(
-            f"trainer.sequences: got {recipe.trainer.sequences}, it must be a multiple of data degree x "
-            f"trainer.accumulation = {data} x {recipe.trainer.accumulation}; trainer.sequences="
-            f"{math.ceil(recipe.trainer.sequences / micro) * micro} would work"
-        )
-    return data, sequence
-
-
-def _check_ranks(recipe: Recipe, sequence: int) -> None:
-    """Refuse rows and mixers that so many ranks cannot share a sequence with."""
-    rows = recipe.parallel.rows
-    if sequence % rows:
-        raise UsageError(f"parallel.rows: got {rows}, it must divide the {sequence} ranks that share a sequence")
-    for layer in named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth):
-        try:
-            layer.mixer.check_ranks(layer.options, strategy=recipe.parallel.strategy, ranks=sequence, rows=rows)
-        except ValueError as error:
-            own = getattr(layer.options, "strategy", "auto") != "auto"
-            section = f"layers.mixers.{layer.name}" if own else "parallel"
-            raise UsageError(f"{section}.{error}") from error
-
-
-def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{key}: got {value!r}{nearest(value, allowed)}, expected one of {', '.join(allowed)}")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UsageError(f"{key}: got {value}, expected {least} or more")
-
-
-def _at_most(key: str, value: float, most: float) -> None:
-    if not value <= most:
-        raise UsageError(f"{key}: got {value}, expected {most} or less")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longtrain import plots
-from longtrain.config import Recipe, read_run
+from longtrain.config import read_run
 from longtrain.data import build_data
 from longtrain.errors import UsageError, leave, report_failure
+from longtrain.recipe import Recipe
 from longtrain.train import Processes, build_trainer, everywhere, held_out_record, joined, restore
 from longtrain.trainer import Evaluation
 

@@ -24,13 +24,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain import checkpoint, plots, run_folder
-from longtrain.config import Recipe, compose, degrees, to_yaml
+from longtrain.config import compose, to_yaml
 from longtrain.data import Sequences, build_data
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.metrics import MetricsWriter
 from longtrain.model import Decoder, count_parameters
 from longtrain.parallel import build_mesh
+from longtrain.recipe import Recipe, degrees
 from longtrain.screen import Screen
 from longtrain.trainer import PRECISIONS, Evaluation, StepResult, Trainer
 

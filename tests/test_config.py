@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from longtrain.config import RECIPES, compose, degrees, from_mapping, read_run, recipe_names, to_yaml
+from longtrain.config import RECIPES, compose, from_mapping, read_run, recipe_names, to_yaml
 from longtrain.errors import UsageError
+from longtrain.recipe import degrees
 from longtrain.run_folder import create, write_config
 
 

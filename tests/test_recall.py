@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtrain.config import compose, degrees
+from longtrain.config import compose
 from longtrain.data import (
     BOUNDARY,
     IGNORE,
@@ -23,6 +23,7 @@ from longtrain.data import (
     vocabulary_of,
 )
 from longtrain.parallel import SequenceShard, build_mesh
+from longtrain.recipe import degrees
 from longtrain.train import Processes, build_trainer
 from tests.distributed import run_distributed
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from longtrain.config import compose, degrees
+from longtrain.config import compose
 from longtrain.data import IGNORE, VOCABULARY, PackedSequence, build_data
 from longtrain.layers.pattern import LayersConfig
 from longtrain.model import Decoder, ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig
 from longtrain.parallel import SequenceShard, build_mesh
+from longtrain.recipe import degrees
 from longtrain.train import Processes, build_trainer
 from longtrain.trainer import Trainer, TrainerConfig, position_buckets
 from tests.distributed import run_distributed
