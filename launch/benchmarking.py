@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from longtrain.errors import UsageError
+from longtrain.errors import UsageError, nearest
 from longtrain.launch.local import cores
 from longtrain.launch.team import Team
 
@@ -49,11 +49,14 @@ def accelerator(device: str | None) -> tuple[str, int]:
 
 
 def names(option: str, given: str | None, known: Sequence[str], usual: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of an option ``a,b``, `usual` without one; a UsageError for those that are not known."""
+    """The names of an option ``a,b``, `usual` without one; a UsageError for an unknown one, with the nearest."""
     chosen = usual if given is None else tuple(dict.fromkeys(name.strip() for name in given.split(",")))
     for name in chosen:
         if name not in known:
-            raise UsageError(f"--{option}: got {name!r}, expected names out of {', '.join(known)}, with commas between")
+            raise UsageError(
+                f"--{option}: got {name!r}{nearest(name, known)}, expected names out of {', '.join(known)}, "
+                "with commas between"
+            )
     return chosen
 
 

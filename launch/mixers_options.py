@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtrain.errors import UsageError
+from longtrain.errors import UsageError, nearest
 from longtrain.launch.benchmarking import DTYPES, accelerator, check_least, check_output, names
 from longtrain.launch.local import cores
 
@@ -173,4 +173,4 @@ def _check(chosen: Options) -> None:
 
 def _check_choice(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise UsageError(f"--{option}: got {given!r}, expected one of {', '.join(known)}")
+        raise UsageError(f"--{option}: got {given!r}{nearest(given, known)}, expected one of {', '.join(known)}")

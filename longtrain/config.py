@@ -21,8 +21,8 @@ from yaml import YAMLError
 
 import longtrain.recipes
 from longtrain import run_folder
-from longtrain.errors import UsageError
-from longtrain.layers.pattern import nearest, type_name
+from longtrain.errors import UsageError, nearest
+from longtrain.layers.pattern import type_name
 from longtrain.recipe import Recipe, check
 
 RECIPES = Path(longtrain.recipes.__path__[0]).resolve()

@@ -1,12 +1,13 @@
 """The error that is the user's to mend, how a failing rank tells its launcher what went wrong, and how a rank ends."""
 
 import atexit
+import difflib
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +26,12 @@ class UsageError(Exception):
     def __init__(self, message: str):
         # One line on the screen whatever the cause was: causes from elsewhere (YAML, the file system) may hold several.
         super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`` (nearest: 'x')`` for the known name that looks most like ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (nearest: {close[0]!r})" if close else ""
 
 
 @dataclass(frozen=True)

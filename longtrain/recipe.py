@@ -9,8 +9,8 @@ import typing
 from dataclasses import dataclass, field
 
 from longtrain.data import DataConfig, check_data
-from longtrain.errors import UsageError
-from longtrain.layers.pattern import LayersConfig, named_layers, nearest
+from longtrain.errors import UsageError, nearest
+from longtrain.layers.pattern import LayersConfig, named_layers
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer

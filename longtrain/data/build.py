@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +11,7 @@ from longtrain.data.packing import PackedSequences, Sequences
 from longtrain.data.recall import CopySequences, MqarSequences, PasskeySequences
 from longtrain.data.sources import stdlib_files, text_files
 from longtrain.data.vocabulary import VOCABULARY
-from longtrain.errors import UsageError
+from longtrain.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ def check_data(config: DataConfig) -> None:
         UsageError: one line with the key, what was given and what would work.
     """
     if config.source not in SOURCES:
-        near = difflib.get_close_matches(config.source, SOURCES, n=1)
-        hint = f" (nearest: {near[0]!r})" if near else ""
-        raise UsageError(f"data.source: got {config.source!r}{hint}, expected one of {', '.join(SOURCES)}")
+        raise UsageError(
+            f"data.source: got {config.source!r}{nearest(config.source, SOURCES)}, expected one of {', '.join(SOURCES)}"
+        )
     if config.length < 1:
         raise UsageError(f"data.length: got {config.length}, expected 1 or more")
     for field in fields(DataConfig):

@@ -15,7 +15,6 @@ different options in different layers: ``layers.mixers: {narrow: {mixer: softmax
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import typing
@@ -23,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from longtrain.errors import nearest
 from longtrain.layers.mixers import MIXERS, LayerPlace, Mixer, RecurrentMixer
 
 DEFAULT = "default"
@@ -48,12 +48,6 @@ class Layer:
     mixer: type[Mixer]
     options: Any  # of mixer.Config
     place: LayerPlace
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """`` (nearest: 'x')`` for the known name that looks most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (nearest: {close[0]!r})" if close else ""
 
 
 def type_name(kind: Any) -> str:

@@ -250,7 +250,8 @@ def test_the_command_in_the_results_measures_the_same(words: list[str]):
     [
         ("--only", "operators,speed", "operators, mixers, scaling"),
         ("--operators", "linear", "softmax, linear-fixed, linear-token"),
-        ("--mixers", "lightening", "lightning"),
+        ("--mixers", "lightening", "(nearest: 'lightning'), expected names out of"),
+        ("--mixers", "gla,gl", "got 'gl' (nearest: 'gla'), expected names out of"),
         ("--ranks", "1,two", "numbers from 1 to 64"),
         ("--ranks", "0", "numbers from 1 to 64"),
         ("--ranks", "65", "numbers from 1 to 64"),
@@ -266,6 +267,7 @@ def test_the_command_in_the_results_measures_the_same(words: list[str]):
         ("--seconds", "inf", "finite"),
         ("--memory", "0", "above 0"),
         ("--dtype", "int8", "float32"),
+        ("--layout", "zigzak", "(nearest: 'zigzag'), expected one of natural"),
         ("--layout", "striped", "natural, contiguous, zigzag"),
         ("--strategy", "ring", "auto, allgather, alltoall, chain, ulysses"),
         ("--output", "nowhere/file.md", "a folder that exists"),
