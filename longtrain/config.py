@@ -221,6 +221,16 @@ def _refuse_unknown(given: dict[Any, Any], kind: type, prefix: str) -> None:
                 below = ", ".join(f"{key}.{part}" for part in typing.get_type_hints(hints[name]))
                 raise UsageError(f"{key}: got {value!r}, expected keys below it: {below}")
             _refuse_unknown(value, typing.cast(type, hints[name]), f"{key}.")
+        elif key == "layers.mixers" and isinstance(value, dict):
+            _check_mappings(value)
+
+
+def _check_mappings(mixers: dict[Any, Any]) -> None:
+    for name, options in mixers.items():
+        if not isinstance(name, str):
+            raise UsageError(f"layers.mixers: got the name {name!r}, expected text, a mixer's or one of your own")
+        if not isinstance(options, dict):
+            raise UsageError(f"layers.mixers.{name}: got {options!r}, expected its options, such as {{heads: 8}}")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from longtrain.data import DataConfig, check_data
 from longtrain.errors import UsageError, nearest
-from longtrain.layers.pattern import LayersConfig, named_layers
+from longtrain.layers.pattern import LayersConfig, named_layers, takes_strategy
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
@@ -99,14 +99,34 @@ def check(recipe: Recipe) -> None:
         layout_named(recipe.parallel.layout)
     except ValueError as error:
         raise UsageError(f"parallel.{error}") from error
-    try:
-        named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    _check_layers(recipe)
     if recipe.launch.processes is not None:
         degrees(recipe, recipe.launch.processes)
     elif recipe.parallel.sequence is not None:
         _check_ranks(recipe, recipe.parallel.sequence)
+
+
+def _check_layers(recipe: Recipe) -> None:
+    """Refuse layers that cannot be, and a strategy that none of them would take."""
+    try:
+        layers = named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if recipe.parallel.strategy == "auto":
+        return
+    attending = {layer.name for layer in layers if takes_strategy(layer.mixer)}
+    if not attending:
+        raise UsageError(
+            f"parallel.strategy: got {recipe.parallel.strategy!r}, which is for layers that attend, and layers.pattern "
+            "has none: auto would work, or a softmax layer; a recurrence takes layers.mixers.NAME.strategy, one of "
+            f"{', '.join(SCAN_STRATEGIES)}"
+        )
+    if all(layer.options.strategy != "auto" for layer in layers if layer.name in attending):
+        raise UsageError(
+            f"parallel.strategy: got {recipe.parallel.strategy!r}, which no layer would take: "
+            f"{', '.join(sorted(attending))} {'have their' if len(attending) > 1 else 'has its'} own; auto would work, "
+            f"or no layers.mixers.{min(attending)}.strategy"
+        )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

@@ -68,20 +68,27 @@ def named_layers(config: LayersConfig, *, width: int, depth: int) -> list[Layer]
 
     Raises:
         ValueError: a pattern that does not fit the depth, an unknown mixer or option (the nearest name is given), or
-            options that a mixer refuses; the text starts with the recipe's key.
+            options that a mixer refuses, in the pattern or not; the text starts with the recipe's key.
     """
-    kinds = _kinds(config)
+    kinds, layers = _kinds(config), []
     options = {name: _options(name, *kinds[name]) for name in config.mixers}
-    layers = []
     for index, name in enumerate(layer_names(config, depth)):
         mixer, place = kinds[name][0], LayerPlace(width=width, index=index, depth=depth)
-        chosen = options.get(name) or mixer.Config()
+        layers.append(Layer(name, mixer, options.get(name) or mixer.Config(), place))
+    unused = options.keys() - {layer.name for layer in layers}
+    first = LayerPlace(width=width, index=0, depth=depth)
+    for layer in (*layers, *(Layer(name, kinds[name][0], options[name], first) for name in sorted(unused))):
         try:
-            mixer.check(chosen, place)
+            layer.mixer.check(layer.options, layer.place)
         except ValueError as error:
-            raise ValueError(f"layers.mixers.{name}.{error}") from None
-        layers.append(Layer(name, mixer, chosen, place))
+            raise ValueError(f"layers.mixers.{layer.name}.{error}") from None
     return layers
+
+
+def takes_strategy(mixer: type[Mixer]) -> bool:
+    """Whether a recipe's ``parallel.strategy`` is for this mixer: one that attends; recurrences have others."""
+    has_one = any(option.name == "strategy" for option in dataclasses.fields(mixer.Config))
+    return has_one and not issubclass(mixer, RecurrentMixer)
 
 
 def layer_names(config: LayersConfig, depth: int) -> list[str]:
@@ -130,8 +137,7 @@ def with_strategy(config: LayersConfig, strategy: str) -> LayersConfig:
     """The same layers, those that attend with this strategy unless they have their own; recurrences have others."""
     mixers = {name: dict(options) for name, options in config.mixers.items()}
     for name, (mixer, options) in _kinds(config).items():
-        has_one = any(option.name == "strategy" for option in dataclasses.fields(mixer.Config))
-        if has_one and not issubclass(mixer, RecurrentMixer) and options.get("strategy", "auto") == "auto":
+        if takes_strategy(mixer) and options.get("strategy", "auto") == "auto":
             mixers.setdefault(name, {})["strategy"] = strategy
     return dataclasses.replace(config, mixers=mixers)
 

@@ -172,6 +172,26 @@ MIXERS_REFUSED = [
     ),
     (["parallel.strategy=chain"], "parallel.strategy", "'chain'", "'ring'", "layers.mixers.NAME.strategy"),
     (["layers.pattern=gla", "+layers.mixers.gla={strategy: ring}"], "layers.mixers.gla.strategy", "'ring'", "alltoall"),
+    *(
+        (["layers.pattern=gla", f"parallel.strategy={name}"], "parallel.strategy", f"'{name}'", "auto", "softmax layer")
+        for name in ("ring", "allgather", "ulysses", "mesh")
+    ),
+    (
+        ["layers.pattern=[softmax, gla]", "parallel.strategy=ring", "layers.mixers.softmax.strategy=allgather"],
+        "parallel.strategy",
+        "'ring'",
+        "softmax has its own",
+        "layers.mixers.softmax.strategy",
+    ),
+    # Of mixers that no layer has.
+    (["layers.pattern=gla", "layers.mixers.softmax.heads=3"], "layers.mixers.softmax.heads", "3", "divide"),
+    (["layers.pattern=gla", "layers.mixers.softmax.heads=two"], "layers.mixers.softmax.heads", "'two'", "whole number"),
+    (["layers.pattern=gla", "+layers.mixers.near={mixer: softmax, window: -1}"], "layers.mixers.near.window", "-1"),
+    (["layers.pattern=softmax", "layers.mixers.gla.strategy=ring"], "layers.mixers.gla.strategy", "'ring'", "alltoall"),
+    (["layers.mixers.gla=3"], "layers.mixers.gla", "got 3", "{heads: 8}"),
+    (["layers.mixers.gla=null"], "layers.mixers.gla", "got None", "{heads: 8}"),
+    (["layers.mixers={gla: [1]}"], "layers.mixers.gla", "got [1]", "{heads: 8}"),
+    (["layers.mixers={3: {heads: 2}}"], "layers.mixers", "3", "one of your own"),
 ]
 
 

@@ -19,6 +19,44 @@ LOCAL = tuple(
 EVERY_STRATEGY = f"{SCAN}test_every_strategy_is_the_recurrence"
 CONVOLVE, HALO = "parallel/conv1d.py", "parallel/halo.py"
 
+PAPER = "tests/layers/test_mixers.py::test_is_the_papers_loop_on_any_number_of_ranks[3-{}-0]"
+LINEAR = "        return _OneStateForward(run, decays=True)\n"
+DELTA = "        return _OneStateForward(run(*tensors, offsets, scale=scale), decays=False)\n"
+FORMS = {
+    "linear-without-decay": (LINEAR, "log_decay is None", ()),
+    "linear-fixed-decay": (LINEAR, "log_decay is not None and log_decay.ndim == 1", ("lightning", "retention")),
+    "linear-token-decay": (LINEAR, "log_decay is not None and log_decay.ndim == 3", ("mamba2",)),
+    "linear-channel-decay": (LINEAR, "log_decay is not None and log_decay.ndim == 4", ("gla",)),
+    "delta-rule-plain": (DELTA, "tensors[4] is None", ("deltanet",)),
+    "delta-rule-gated": (DELTA, "tensors[4] is not None and tensors[4].ndim == 3", ("gated_deltanet",)),
+    "delta-rule-channel": (DELTA, "tensors[4] is not None and tensors[4].ndim == 4", ("kimi_delta",)),
+    "slots": ("        log_transition, keys, values = self._run.summaries()\n", "", ("gsa",)),
+}
+"""Each form of a recurrence: where its runs are summed up, how it is told from others, the mixers that have it."""
+
+
+def _zeroed(form: str, test: str, name: str) -> Mutation:
+    """What enters a rank's run does not leave it, in this form alone: tests of the others cannot see it."""
+    old, told, _ = FORMS[form]
+    if old == LINEAR:
+        new = (
+            f"        if {told}:\n"
+            "            whole = run.summaries\n"
+            "            run.summaries = lambda: (lambda log, state: (log - torch.inf, state))(*whole())\n"
+        ) + old
+    elif old == DELTA:
+        new = (
+            "        made = run(*tensors, offsets, scale=scale)\n"
+            f"        if {told}:\n"
+            "            whole = made.summaries\n"
+            "            made.summaries = lambda: (lambda transition, state: (0 * transition, state))(*whole())\n"
+            "        return _OneStateForward(made, decays=False)\n"
+        )
+    else:
+        new = old + "        log_transition = log_transition - torch.inf\n"
+    return Mutation(name, MIXERS, old, new, (test,))
+
+
 MUTATIONS = (
     # Convolutions: the halo, and the way back.
     Mutation("rank-halo-dropped", CONVOLVE, "out[:, start:stop] = part", "pass", (EQUALS,)),
@@ -71,26 +109,11 @@ MUTATIONS = (
         (f"{CONV}test_ranks_that_disagree_are_all_told",),
     ),
     # Scans: what a run sums up to, what it lets pass, and to whom.
-    Mutation(
-        "linear-transition-zeroed",
-        MIXERS,
-        "transition.exp() if self._decays else transition, state",
-        "0 * transition.exp() if self._decays else transition, state",
-        (RECURRENCE,),
-    ),
-    Mutation(
-        "delta-rule-transition-zeroed",
-        MIXERS,
-        "transition.exp() if self._decays else transition, state",
-        "transition.exp() if self._decays else 0 * transition, state",
-        (RECURRENCE,),
-    ),
-    Mutation(
-        "slot-transition-zeroed",
-        MIXERS,
-        "return log_transition.exp(), join_states(keys, values)",
-        "return 0 * log_transition.exp(), join_states(keys, values)",
-        (RECURRENCE,),
+    *(_zeroed(form, RECURRENCE, f"{form}-transition-zeroed") for form in FORMS),
+    *(
+        _zeroed(form, PAPER.format(mixer), f"{mixer}-transition-zeroed")
+        for form, (_, _, mixers) in FORMS.items()
+        for mixer in mixers
     ),
     Mutation(
         "delta-rule-transition-not-transposed",
@@ -131,10 +154,14 @@ MUTATIONS = (
         SCATTER,
         "begin = share.start - share.first * columns",
         "begin = 0",
-        (EVERY_STRATEGY,),
+        (RECURRENCE, EVERY_STRATEGY),
     ),
     Mutation(
-        "scattered-gradients-of-one-rank", SCATTER, "summaries[:, -1].sum(0)", "summaries[0, -1]", (EVERY_STRATEGY,)
+        "scattered-gradients-of-one-rank",
+        SCATTER,
+        "summaries[:, -1].sum(0)",
+        "summaries[0, -1]",
+        (RECURRENCE, EVERY_STRATEGY),
     ),
     Mutation(
         "chain-crosses-documents",
@@ -165,16 +192,6 @@ MUTATIONS = (
         "carry(transitions[run.rank, run.slot], x)",
         "carry(transitions[0, run.slot], x)",
         (RECURRENCE,),
-    ),
-    Mutation(
-        "share-s-columns-from-the-start",
-        SCATTER,
-        "begin = share.start - share.first * columns",
-        "begin = 0",
-        (RECURRENCE,),
-    ),
-    Mutation(
-        "share-of-one-rank-s-last-gradient", SCATTER, "summaries[:, -1].sum(0)", "summaries[0, -1]", (RECURRENCE,)
     ),
     Mutation(
         "chain-hands-on-its-own-state-only",
