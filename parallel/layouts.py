@@ -101,6 +101,31 @@ class BlockCyclic(Layout):
 
 
 @dataclass(frozen=True)
+class Cuts(Layout):
+    """Rank r holds one run, from `bounds[r]` to `bounds[r + 1]`: a contiguous layout cut where somebody needs it.
+
+    bounds: W + 1 whole numbers that never decrease, from 0 to T.
+    """
+
+    bounds: tuple[int, ...]
+    long_segments = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(int(bound) for bound in self.bounds))
+        object.__setattr__(self, "name", f"cuts at {', '.join(map(str, self.bounds[1:-1]))}")
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return np.array([self.bounds[rank : rank + 2]], dtype=np.int64)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        start, stop = self.bounds[rank : rank + 2]
+        return np.clip(positions, start, stop) - start
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.array(self.bounds[1:]), positions, side="right")
+
+
+@dataclass(frozen=True)
 class Merged(Layout):
     """`degree` neighbouring ranks of another layout as one: rank r holds what ranks r*degree ... of `base` hold."""
 
@@ -175,7 +200,7 @@ def is_built_in(layout: Layout) -> bool:
     """Whether a layout is one of the library's, whose name says all and which give every position to one rank."""
     if isinstance(layout, Merged):
         return is_built_in(layout.base)
-    return type(layout) in (Contiguous, Zigzag, BlockCyclic, Balanced)
+    return type(layout) in (Contiguous, Zigzag, BlockCyclic, Cuts, Balanced)
 
 
 def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndarray) -> None:
@@ -183,6 +208,10 @@ def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndar
 
     longtrain's own layouts do by construction and are not looked at; one of the user's own costs O(T) here.
     """
+    if isinstance(layout, Cuts):
+        bounds = layout.bounds
+        if len(bounds) != world + 1 or (bounds[0], bounds[-1]) != (0, length) or list(bounds) != sorted(bounds):
+            raise ValueError(f"bounds: got {bounds}, expected {world + 1} that never decrease, from 0 to {length}")
     if is_built_in(layout):
         return
     holder = np.full(length, -1, dtype=np.int64)

@@ -223,9 +223,13 @@ class SequenceShard:
         for shard in (self, *self._layouts):
             if shard.layout is wanted or shard.layout == wanted:
                 return shard
+        self._layouts.append(self.beside(self.length, layout=wanted, cu_seqlens=self.cu_seqlens))
+        return self._layouts[-1]
+
+    def beside(self, length: int, *, layout: str | Layout, cu_seqlens: Boundaries | None = None) -> "SequenceShard":
+        """A shard of another sequence over the same ranks; pretended where this one is."""
         shard = SequenceShard.__new__(SequenceShard)
-        shard._set_up(self.length, wanted, self.cu_seqlens, grid=self.grid, rank=self.rank, world=self.world)
-        self._layouts.append(shard)
+        shard._set_up(length, layout, cu_seqlens, grid=self.grid, rank=self.rank, world=self.world)
         return shard
 
     # ---- which keys its queries see -------------------------------------------------------------------------------

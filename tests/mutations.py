@@ -28,7 +28,7 @@ if __name__ == "__main__":
     package.__path__ = [str(folder)]
     sys.modules |= {"tests": package, "tests.mutations": sys.modules["__main__"]}
 
-from tests.mutated import attention, linear_mixers, softmax_kernels, torch_kernels, triton_kernels
+from tests.mutated import architectures, attention, linear_mixers, softmax_kernels, torch_kernels, triton_kernels
 from tests.mutated.mutation import Mutation
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 LIMIT = 180.0  # seconds for a mutation's tests; some mutations make ranks wait for each other
 MUTATIONS = (
-    attention.MUTATIONS
+    architectures.MUTATIONS
+    + attention.MUTATIONS
     + torch_kernels.MUTATIONS
     + triton_kernels.MUTATIONS
     + softmax_kernels.MUTATIONS

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from longtrain.parallel.layouts import (
     BlockCyclic,
     Contiguous,
+    Cuts,
     Layout,
     Zigzag,
     check_partition,
@@ -54,6 +55,28 @@ def test_every_layout_holds_and_counts_what_it_says(name: str, world: int, lengt
         expected = [owners[:position].count(rank) for position in range(length + 1)]
         assert layout.count(every_position, rank, world, length, WHOLE).tolist() == expected
         assert count_in_runs(every_position, runs).tolist() == expected
+
+
+@given(cuts=st.lists(st.integers(0, 30), max_size=5), length=st.integers(30, 40))
+def test_cuts_hold_and_count_what_lies_between_their_bounds(cuts: list[int], length: int) -> None:
+    bounds, world = (0, *sorted(cuts), length), len(cuts) + 1
+    layout, every_position = Cuts(bounds), np.arange(length + 1)
+    check_partition(layout, world, length, WHOLE)
+    owners = [max(rank for rank in range(world) if bounds[rank] <= position) for position in range(length)]
+    assert layout.owners(every_position[:-1], world, length, WHOLE).tolist() == owners
+    assert Layout.owners(layout, every_position[:-1], world, length, WHOLE).tolist() == owners
+    for rank in range(world):
+        assert layout.runs(rank, world, length, WHOLE).tolist() == [list(bounds[rank : rank + 2])]
+        expected = [owners[:position].count(rank) for position in range(length + 1)]
+        assert layout.count(every_position, rank, world, length, WHOLE).tolist() == expected
+
+
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 5, 8), (1, 5, 9), (0, 7, 5, 9)])
+def test_cuts_that_do_not_fit_are_refused(bounds: tuple[int, ...]) -> None:
+    if bounds == (0, 9):
+        check_partition(Cuts(bounds), 1, 9, WHOLE)
+    with pytest.raises(ValueError, match="bounds: got .*, expected 3|4 that never decrease, from 0 to 9"):
+        check_partition(Cuts(bounds), 2 if len(bounds) != 4 else 3, 9, WHOLE)
 
 
 @given(world=st.integers(1, 9), length=st.integers(0, 200))
