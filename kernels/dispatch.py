@@ -35,6 +35,10 @@ def _not_for(*types: str) -> Refusal:
     return refuse
 
 
+def _only_cpu(device: torch.device, dtype: torch.dtype | None, widths: Mapping[str, int]) -> str | None:
+    return None if device.type == "cpu" else "its native tile runs on a CPU only; without it chunks need less memory"
+
+
 def _never(device: torch.device, dtype: torch.dtype | None, widths: Mapping[str, int]) -> None:
     return None
 
@@ -55,7 +59,12 @@ _BACKENDS: dict[str, dict[str, _Backend]] = {
         "triton": _Backend(f"{_TRITON} on blocks of visible (query, key) pairs", _no_triton, _INTERPRETER),
         "torch": _Backend(
             "tiles over the visible (query, key) pairs, memory linear in T: PyTorch's native flash tile on a CPU "
-            "without softcap, matrix products elsewhere"
+            "without softcap, matrix products elsewhere",
+            auto=_only_cpu,
+        ),
+        "chunked": _Backend(
+            "chunks of queries and keys, made again in backward, as matrix products: memory linear in T and the least "
+            "of all, on any device"
         ),
         "reference": _Backend("the dense softmax, memory T x S: it defines what is right"),
     },

@@ -1,7 +1,8 @@
 """Softmax attention on one device: the public operator, and the two passes on key intervals that rings call too.
 
 reference      the definition, query by query
-torch_impl     tiles of PyTorch calls; containment: NaN and inf there
+torch_impl     tiles of PyTorch calls, fast on a CPU; chunked: chunks of queries and keys, in little memory on any
+               device; containment: NaN and inf in both
 triton_impl    the Triton kernels' host side; triton_forward, triton_backward, triton_common: the kernels; configs:
                how they are compiled; device_intervals: what they are told of a mask; shipped: what tests compile
 vendor         flash and cuDNN through PyTorch
@@ -51,8 +52,9 @@ def softmax_attention(
     scale: multiplies q . k; default K ** -0.5. softcap: c turns scores into c * tanh(score / c) (Gemma 2).
     sinks: [H], logits that join each softmax's denominator only; lse does not include them (gpt-oss).
     return_lse: False returns (out, None).
-    backend: "auto", "triton", "torch" or "reference"; `longtrain.kernels.explain` tells what runs. On NVIDIA's cards
-        "auto" leaves plainly full and plainly causal calls in half precision to PyTorch's flash or cuDNN kernel.
+    backend: "auto", "triton", "torch", "chunked" or "reference"; `longtrain.kernels.explain` tells what runs. On
+        NVIDIA's cards "auto" leaves plainly full and plainly causal calls in half precision to PyTorch's flash or cuDNN
+        kernel.
 
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, windows, backends.
     """

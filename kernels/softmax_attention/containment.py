@@ -32,19 +32,19 @@ def contain(
     Returns the queries' tensors, the keys' tensors and bad, bool [B, T, H].
     """
     lo, hi = (torch.from_numpy(ends).to(queries[0].device) for ends in (intervals.lo, intervals.hi))
-    bad_queries, bad_keys = _offending(queries), _offending(keys)
+    bad_queries, bad_keys = offending(queries), offending(keys)
     bad = bad_queries & (lo < hi)[None, :, None]
-    bad |= _any_between(bad_keys, lo, hi).repeat_interleave(bad.shape[2] // bad_keys.shape[2], dim=2)
+    bad |= any_between(bad_keys, lo, hi).repeat_interleave(bad.shape[2] // bad_keys.shape[2], dim=2)
     return _zeroed(queries, bad_queries), _zeroed(keys, bad_keys), bad
 
 
 def keys_seen_by(bad: Tensor, intervals: KeyIntervals, groups: int) -> Tensor:
     """The keys that a bad query sees: bad [B, T, H] -> bool [B, S, G]."""
     first, stop = (torch.from_numpy(ends).to(bad.device) for ends in intervals.queries())
-    return _any_between(bad.unflatten(2, (groups, bad.shape[2] // groups)).any(3), first, stop)
+    return any_between(bad.unflatten(2, (groups, bad.shape[2] // groups)).any(3), first, stop)
 
 
-def _offending(tensors: Sequence[Tensor]) -> Tensor:
+def offending(tensors: Sequence[Tensor]) -> Tensor:
     """Several [B, T, H, K] or [B, T, H] -> bool [B, T, H]: where any of them holds a number that is not finite."""
     finite = torch.stack([x.isfinite().all(-1) if x.ndim > 3 else x.isfinite() for x in tensors])
     return ~finite.all(0)
@@ -54,7 +54,7 @@ def _zeroed(tensors: Sequence[Tensor], where: Tensor) -> list[Tensor]:
     return [x.masked_fill(where[..., None] if x.ndim > 3 else where, 0) for x in tensors]
 
 
-def _any_between(marks: Tensor, first: Tensor, stop: Tensor) -> Tensor:
+def any_between(marks: Tensor, first: Tensor, stop: Tensor) -> Tensor:
     """Whether any of marks[:, first[i]:stop[i]] is set: marks [B, S, G], first and stop [T] -> bool [B, T, G]."""
     before = torch.nn.functional.pad(marks.cumsum(1), (0, 0, 1, 0))  # [B, S + 1, G]: marks before each position
     return before.index_select(1, stop) > before.index_select(1, first)

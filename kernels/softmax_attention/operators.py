@@ -25,7 +25,7 @@ _OPTIONS = "bool causal, int? left, int? right, float scale, float? softcap, str
 @torch.library.custom_op(
     NAME,
     mutates_args=(),
-    # backend: "triton", "torch", "reference" or "auto": "triton", or a vendor's kernel where one is faster.
+    # backend: "triton", "torch", "chunked", "reference" or "auto": "triton", or a vendor's kernel where it is faster.
     # wide: out in the state dtype.
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? offsets, Tensor? key_offsets, *, {_OPTIONS}, bool wide) "
     "-> (Tensor out, Tensor lse)",

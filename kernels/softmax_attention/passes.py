@@ -8,7 +8,7 @@ from torch import Tensor
 from longtrain.kernels.dispatch import choose_backend
 from longtrain.kernels.intervals import KeyIntervals
 from longtrain.kernels.precision import without_autocast
-from longtrain.kernels.softmax_attention import reference, torch_impl
+from longtrain.kernels.softmax_attention import chunked, reference, torch_impl
 
 
 def attention_forward(
@@ -79,4 +79,4 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         from longtrain.kernels.softmax_attention import triton_impl
 
         return triton_impl
-    return {"reference": reference, "torch": torch_impl}[chosen]
+    return {"reference": reference, "torch": torch_impl, "chunked": chunked}[chosen]

@@ -35,8 +35,9 @@ def test_a_gpu_gets_triton_where_its_kernels_can(operator: str) -> None:
 
     assert chosen(dtype=torch.bfloat16, widths={"K": 256, "V": 64}) == "triton"
     assert chosen("torch", dtype=torch.bfloat16) == "torch"
-    assert chosen(dtype=torch.float64) == "torch"
-    assert chosen(dtype=torch.float32, widths={"K": 64, "V": 257}) == "torch"
+    otherwise = "chunked" if operator == "softmax_attention" else "torch"
+    assert chosen(dtype=torch.float64) == otherwise
+    assert chosen(dtype=torch.float32, widths={"K": 64, "V": 257}) == otherwise
     with pytest.raises(ValueError, match=r"got 'triton' \(the Triton kernels compute in float32, not in float64\)"):
         chosen("triton", dtype=torch.float64)
     with pytest.raises(ValueError, match=r"got 'triton' \(the Triton kernels take K up to 256, not 300\)"):
@@ -58,7 +59,7 @@ def test_old_cards_and_other_devices_are_refused_with_a_reason(monkeypatch: pyte
 @pytest.mark.usefixtures("hopper")
 def test_explain_says_what_runs_and_why_not_the_others() -> None:
     said = explain("softmax_attention", device="cuda", dtype=torch.float64)
-    assert said.startswith("softmax_attention with backend='auto' on cuda runs 'torch': ")
+    assert said.startswith("softmax_attention with backend='auto' on cuda runs 'chunked': ")
     assert "'triton' cannot run here: the Triton kernels compute in float32, not in float64" in said
     assert "'reference' also there: " in said
     assert "runs 'triton'" in explain("softmax_attention", device="cuda", dtype=torch.bfloat16, widths={"K": 128})

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longtrain.kernels import explain, softmax_attention
-from longtrain.kernels.softmax_attention import apply_sinks, torch_impl
+from longtrain.kernels.softmax_attention import apply_sinks, chunked, torch_impl
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
 from tests.kernels.dense import Window, dense_attention, dense_mask, offsets, sees
 
@@ -37,7 +37,7 @@ AXES = {
     "shape": [(1, 3, 3, 8, 8), (1, 4, 2, 5, 9), (3, 4, 2, 9, 5), (2, 3, 1, 4, 4), (2, 2, 2, 8, 3)],  # B, H, G, K, V
     "scores": [{}, {"scale": 0.9}, {"softcap": 1.5}],
     "loss": ["out", "lse", "both", "sinks"],
-    "tiles": ["native", "products"],
+    "tiles": ["native", "products", "chunked"],
 }
 
 
@@ -133,19 +133,29 @@ def test_reference_is_the_dense_softmax(case):
     assert max(errors(got, true).values()) <= 1e-12
 
 
-@cover(AXES, possible)
-def test_torch_is_the_reference(case, monkeypatch):
-    if case.pop("tiles") == "products":
+def backend_of(tiles: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend that computes by these tiles; chunks are made small, so that queries and keys have several."""
+    if tiles == "products":
         use_products(monkeypatch)
+    if tiles == "chunked":
+        monkeypatch.setattr(chunked, "_ROWS", 16)
+        monkeypatch.setattr(chunked, "_KEYS", 24)
+        return "chunked"
+    return "torch"
+
+
+@cover(AXES, possible)
+def test_torch_and_chunked_are_the_reference(case, monkeypatch):
+    backend = backend_of(case.pop("tiles"), monkeypatch)
     this = problem(**case)
     true = this.solve(torch.float64, "reference")
-    assert max(errors(this.solve(torch.float64, "torch"), true).values()) <= 1e-10
+    assert max(errors(this.solve(torch.float64, backend), true).values()) <= 1e-10
     allowed = errors(this.solve(torch.float32, "reference"), true)
-    for name, error in errors(this.solve(torch.float32, "torch"), true).items():
+    for name, error in errors(this.solve(torch.float32, backend), true).items():
         assert error <= max(4 * allowed[name], 5e-6), name
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "chunked", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_computed_in_float32(dtype, backend):
     this = problem(scores={"scale": 0.9})
@@ -167,19 +177,20 @@ def test_inputs_of_several_dtypes():
     assert max(errors({"lse": lse}, {"lse": true["lse"]}).values()) <= 1e-14
 
 
-@pytest.mark.parametrize("tiles", ["native", "products"])
+@pytest.mark.parametrize("tiles", ["native", "products", "chunked"])
 @pytest.mark.parametrize("window", [None, (600, None)])
 def test_large_tiles(tiles, window, monkeypatch):
     """Longer than any block of rows or keys in the implementation, with keys ahead of the first query."""
     if tiles == "products":
         use_products(monkeypatch)
+    backend = "chunked" if tiles == "chunked" else "torch"
     this = problem((True, window), ([700], [1300]), (1, 2, 1, 4, 4))
     inputs = {name: x.double() for name, x in this.inputs.items()}
     ends = {"query_offsets": offsets([700]), "key_offsets": offsets([1300])}
     mask = np.tril(np.ones((700, 1300), bool), 600)
     mask &= ~np.tril(mask, -1) if window else True  # left limit 600 behind the own key i + 600
     assert all(mask[i, j] == sees(i, j, causal=True, window=window, **ends) for i in (0, 99, 699) for j in range(1300))
-    got = this.solve(torch.float64, "torch")
+    got = this.solve(torch.float64, backend)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     out, lse = dense_attention(**leaves, mask=mask, scale=0.5, softcap=None)
     upstream = [x.double() for x in this.gradients.values()]
@@ -188,8 +199,9 @@ def test_large_tiles(tiles, window, monkeypatch):
     assert max(errors(got, true).values()) <= 1e-10
 
 
+@pytest.mark.parametrize("backend", ["torch", "chunked"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_strides_do_not_matter(groups):
+def test_strides_do_not_matter(groups, backend):
     torch.manual_seed(0)
     # Tokens or heads last in memory, and vectors that all tokens share.
     q = torch.randn(1, 4, 6, 33, dtype=torch.float64).permute(0, 3, 1, 2)
@@ -200,7 +212,7 @@ def test_strides_do_not_matter(groups):
 
     def solve(*tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-        out, lse = softmax_attention(*leaves)
+        out, lse = softmax_attention(*leaves, backend=backend)
         assert lse is not None
         return out, lse, *torch.autograd.grad([out, lse], leaves, tensors[3:])
 
@@ -220,7 +232,7 @@ def test_only_some_inputs_need_gradients(wanted):
         assert torch.equal(x.grad, true[f"d{name}"]) if name in wanted else x.grad is None
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "chunked", "reference"])
 @pytest.mark.parametrize("size", [(1, 0, 5), (1, 5, 0), (2, 0, 0), (0, 5, 5)])  # B, T, S
 def test_empty_tensors(size, backend):
     batch, queries, keys = size
@@ -241,8 +253,9 @@ def test_lse_may_be_left_out_and_results_repeat():
     inputs: dict[str, Any] = dict(this.inputs)
     out, lse = softmax_attention(**inputs, return_lse=False)
     assert lse is None and torch.equal(out, softmax_attention(**inputs)[0])
-    first, second = this.solve(torch.float32, "torch"), this.solve(torch.float32, "torch")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for backend in ("torch", "chunked"):
+        first, second = this.solve(torch.float32, backend), this.solve(torch.float32, backend)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_small_sinks_keep_their_digits():
@@ -346,9 +359,9 @@ REFUSED = [
     (
         {"backend": "triton"},
         "backend: got 'triton' (Triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1, runs)), "
-        "expected for softmax_attention on cpu: 'auto', 'torch', 'reference'",
+        "expected for softmax_attention on cpu: 'auto', 'torch', 'chunked', 'reference'",
     ),
-    ({"backend": "chunked"}, "backend: got 'chunked'"),
+    ({"backend": "chunks"}, "backend: got 'chunks'"),
     ({"backend": None}, "backend: got None"),
 ]
 
@@ -360,7 +373,11 @@ def test_refusals(wrong, message):
 
 
 def test_explain_says_what_runs():
-    assert "runs 'torch'" in explain("softmax_attention", device="cuda")
+    assert "runs 'torch'" in explain("softmax_attention")
+    for device in ("cuda", "mps", "xpu"):
+        said = explain("softmax_attention", device=device)
+        assert f"on {device} runs 'chunked': chunks of queries and keys" in said and "'triton' cannot run here" in said
+        assert "'torch' also there: " in said and "(its native tile runs on a CPU only" in said
     assert "runs 'reference'" in explain("softmax_attention", backend="reference")
     with pytest.raises(ValueError, match="operator: got 'softmax', expected one of 'softmax_attention'"):
         explain("softmax")

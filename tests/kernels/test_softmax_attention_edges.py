@@ -9,11 +9,11 @@ from torch import Tensor
 
 from longtrain.kernels import softmax_attention
 from longtrain.kernels.intervals import KeyIntervals, visible_keys
-from longtrain.kernels.softmax_attention import attention_backward, attention_forward, torch_impl
+from longtrain.kernels.softmax_attention import attention_backward, attention_forward, chunked, torch_impl
 from tests.cover import cover, pytest_generate_tests  # noqa: F401
 from tests.kernels.dense import dense_mask, offsets
 
-IMPLEMENTATIONS = ["native", "products", "accelerator", "reference"]
+IMPLEMENTATIONS = ["native", "products", "accelerator", "chunked", "chunked accelerator", "reference"]
 
 
 @pytest.fixture
@@ -23,8 +23,13 @@ def use(monkeypatch: pytest.MonkeyPatch):
     def choose(implementation: str) -> str:
         if implementation in ("products", "accelerator"):
             monkeypatch.setattr(torch_impl, "_is_native", lambda q, softcap: False)
-        if implementation == "accelerator":
+        if "accelerator" in implementation:
             monkeypatch.setattr(torch_impl, "all_finite", lambda *tensors: False)
+            monkeypatch.setattr(chunked, "all_finite", lambda *tensors: False)
+        if "chunked" in implementation:
+            monkeypatch.setattr(chunked, "_ROWS", 16)
+            monkeypatch.setattr(chunked, "_KEYS", 24)
+            return "chunked"
         return "reference" if implementation == "reference" else "torch"
 
     return choose
@@ -98,7 +103,7 @@ def test_nan_stays_with_those_who_see_it(case, use):
     for name, where in ({"out": forward, "lse": forward} | reached).items():
         kept = ~where
         torch.testing.assert_close(dirty[name][kept], clean[name][kept], rtol=1e-12, atol=1e-12, msg=name)
-    if case["value"] is torch.nan or backend == "torch":  # -inf may be a score of plain weight 0 to the reference
+    if case["value"] is torch.nan or backend != "reference":  # -inf may be a score of plain weight 0 to the reference
         assert not dirty["out"].isfinite().all(-1)[forward].any()
         assert not dirty["dq"].isfinite().all(-1)[bad].any()
         assert not dirty["dk"].isfinite().all(-1)[bad_keys].any()
@@ -212,13 +217,14 @@ def test_halves_merge_in_float32(implementation, use):
         assert (x - y).abs().max() <= 5e-6 * y.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["torch", "chunked"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_autocast_changes_nothing(softcap: float | None) -> None:
+def test_autocast_changes_nothing(softcap: float | None, backend: str) -> None:
     q, k, v = (torch.randn(1, 40, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     dout = torch.randn(1, 40, 4, 8)
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out, lse = softmax_attention(q, k, v, softcap=softcap)
+            out, lse = softmax_attention(q, k, v, softcap=softcap, backend=backend)
             results.append([out, lse, *torch.autograd.grad(out, (q, k, v), dout)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -23,7 +23,7 @@ def tensors(dtype: torch.dtype = torch.float32, tokens: int = 30) -> list[Tensor
     return [torch.randn(1, tokens, *size, generator=generator).to(dtype).requires_grad_() for size in sizes]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "chunked", "reference"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck(backend: str, packed: bool) -> None:
     ends_ = torch.tensor([0, 12, 12, 30]) if packed else None

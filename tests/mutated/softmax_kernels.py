@@ -1,4 +1,4 @@
-"""Mutations of softmax attention's Triton kernels, found by tests in Triton's interpreter."""
+"""Mutations of softmax attention's Triton kernels, found by tests in Triton's interpreter, and of its chunks."""
 
 from tests.mutated.mutation import Mutation
 
@@ -9,6 +9,10 @@ TESTS = "tests/kernels/interpreted/test_softmax_attention.py::test_"
 REFERENCE = (f"{TESTS}kernels_are_the_reference",)
 REACH = (f"{TESTS}nan_stays_with_those_who_see_it",)
 MERGED = (f"{TESTS}sets_of_keys_merge_into_one_call",)
+CHUNKED = "kernels/softmax_attention/chunked.py"
+CHUNKS = ("tests/kernels/test_softmax_attention.py::test_torch_and_chunked_are_the_reference",)
+CHUNK_EDGES = "tests/kernels/test_softmax_attention_edges.py::test_"
+SKIPPED = ("tests/kernels/test_chunked_memory.py::test_keys_that_no_query_of_a_chunk_sees_are_skipped",)
 
 MUTATIONS = (
     Mutation(
@@ -93,5 +97,34 @@ MUTATIONS = (
         "middle = tl.maximum(stop_a - (first_a + head * EDGE), 0) // BLOCK",
         "middle = tl.cdiv(tl.maximum(stop_a - (first_a + head * EDGE), 0), BLOCK)",
         REFERENCE,
+    ),
+    Mutation("softmax-chunked-acc-not-shrunk", CHUNKED, "acc.mul_(shrink), weights", "acc, weights", CHUNKS),
+    Mutation(
+        "softmax-chunked-slope-of-the-softcap",
+        CHUNKED,
+        "square_().neg_().add_(1)",
+        "square_().mul_(0).add_(1)",
+        CHUNKS,
+    ),
+    Mutation(
+        "softmax-chunked-earlier-keys-forgotten",
+        CHUNKED,
+        "total = (largest != -torch.inf).to(acc.dtype)",
+        "total = torch.zeros_like(largest)",
+        (f"{CHUNK_EDGES}sets_of_keys_merge_into_one_call",),
+    ),
+    Mutation(
+        "softmax-chunked-nan-under-the-mask",
+        CHUNKED,
+        "        if self._bad_keys is not None:\n",
+        "        if False:\n",
+        (f"{CHUNK_EDGES}nan_stays_with_those_who_see_it",),
+    ),
+    Mutation(
+        "softmax-chunked-unseen-keys-computed",
+        CHUNKED,
+        "stop = min(start + _KEYS, int(hi[last]))",
+        "stop = min(start + _KEYS, int(hi[-1] + 0 * last))",
+        SKIPPED,
     ),
 )

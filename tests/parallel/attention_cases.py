@@ -76,6 +76,8 @@ CASES = (
     Case(layout="zigzag", tokens=509, heads=1, groups=1),  # long enough for whole tiles of every kind
     Case(layout="striped", keys=3, key_layout="contiguous", causal=False),
     Case(layout="zigzag", documents=(0, 13, 37), backend="reference", softcap=3.0, sinks=True),
+    Case(layout="striped", documents=(0, 13, 37), backend="chunked", softcap=3.0, sinks=True),
+    Case(layout="zigzag", tokens=509, heads=2, groups=1, window=(300, None), backend="chunked"),
 )
 
 

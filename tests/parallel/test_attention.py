@@ -129,9 +129,9 @@ def test_bfloat16_loses_nothing_to_the_ring() -> None:
         assert 0 < spread <= (4 if name == "lse" else 1.1) * single, (name, spread, single)
 
 
-def _check_containment(rank: int, world: int) -> None:
+def _check_containment(rank: int, world: int, backend: str) -> None:
     # Documents of tokens 0-9, 10-24, 25-36; NaN and inf in the middle one, in another head of k than of v.
-    case = Case(layout="striped", documents=(0, 10, 25, 37), heads=4, groups=2)
+    case = Case(layout="striped", documents=(0, 10, 25, 37), heads=4, groups=2, backend=backend)
     clean = over_ranks(case, torch.float32, world_group())
     shard, _ = shards(case, world_group())
     inputs = whole_inputs(case)
@@ -139,7 +139,7 @@ def _check_containment(rank: int, world: int) -> None:
     inputs["v"][:, 17, 0] = torch.inf
     inputs["dout"][:, 20, 1] = torch.nan  # head 1 reads group 0
     dirty = with_gradients(
-        lambda q, k, v, _: sequence_parallel_attention(q, k, v, shard),
+        lambda q, k, v, _: sequence_parallel_attention(q, k, v, shard, backend=backend),
         local_parts(inputs, shard, None),
         torch.float32,
         sinks=False,
@@ -152,5 +152,6 @@ def _check_containment(rank: int, world: int) -> None:
     assert dirty["out"][:, shard.positions == 24, :2].isnan().all()  # and who sees it is told
 
 
-def test_nan_stays_in_its_document_and_head() -> None:
-    run_distributed(3, _check_containment)
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_nan_stays_in_its_document_and_head(backend: str) -> None:
+    run_distributed(3, _check_containment, backend)
