@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longtrain.parallel.communication import all_to_all_parts
 
@@ -22,7 +22,8 @@ class Muon(torch.optim.Optimizer):
     rows back, so that the ranks share the work and a step sends two messages whatever the number of matrices.
 
     Args:
-        params: matrices, ``[rows, columns]`` each: plain, or DTensors sharded by rows over one mesh dimension; float32.
+        params: matrices, ``[rows, columns]`` each, float32: plain, or DTensors of one mesh, sharded by rows over one of
+            its dimensions and replicated over the others.
         lr: the rate; singular values of a step are about as large.
         momentum: beta.
         weight_decay: share of a weight that a step of rate 1 takes away.
@@ -36,7 +37,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.ndim != 2:
                     raise ValueError(f"params: got a weight of shape {tuple(parameter.shape)}, expected matrices")
-                if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
+                if isinstance(parameter, DTensor) and not _rows_are_sharded_once(parameter):
                     raise ValueError(f"params: got a weight with {parameter.placements}, expected rows sharded once")
 
     @torch.no_grad()
@@ -74,6 +75,11 @@ def orthogonalised(x: Tensor, *, steps: int = 5) -> Tensor:
     return y.mT if tall else y
 
 
+def _rows_are_sharded_once(x: DTensor) -> bool:
+    others = [placement for placement in x.placements if placement != Shard(0)]
+    return len(others) == len(x.placements) - 1 and all(placement == Replicate() for placement in others)
+
+
 def _rows_here(x: Tensor) -> Tensor:
     """This rank's rows, as a view."""
     return x.to_local() if isinstance(x, DTensor) else x
@@ -84,8 +90,8 @@ def _orthogonalised_by_owners(weights: list[Tensor], updates: list[Tensor]) -> l
     first = weights[0] if weights else None
     if not isinstance(first, DTensor):
         return [orthogonalised(update) for update in updates]
-    group = first.device_mesh.get_group()
-    rank, world = first.device_mesh.get_local_rank(), first.device_mesh.size()
+    mesh, dim = first.device_mesh, first.placements.index(Shard(0))
+    group, rank, world = mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim)
     owned = _share_out(weights, world)  # by rank: which matrices it orthogonalises
     rows = [_rows_by_rank(weight.shape[0], world) for weight in weights]
     sizes = [

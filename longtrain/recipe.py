@@ -9,6 +9,7 @@ import typing
 from dataclasses import dataclass, field
 
 from longtrain.data import DataConfig, check_data
+from longtrain.engines import PRECISIONS, FSDPConfig, check_fsdp, check_replicas
 from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import LayersConfig, named_layers, takes_strategy
 from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
@@ -17,7 +18,7 @@ from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
 from longtrain.parallel.attention import STRATEGIES
 from longtrain.parallel.layouts import layout_named
 from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
-from longtrain.trainer import PRECISIONS, TrainerConfig
+from longtrain.trainer import TrainerConfig
 
 ENGINES = ("fsdp",)
 
@@ -51,6 +52,7 @@ class Recipe:
     resume: str | None = None
     seed: int = 0
     engine: str = "fsdp"
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
@@ -94,6 +96,7 @@ def check(recipe: Recipe) -> None:
         if value is not None:
             _at_least(key, value, 1)
     _check_trainer(recipe.trainer)
+    check_fsdp(recipe.fsdp)
     check_optimizer(recipe.optimizer, recipe.schedule)
     try:
         layout_named(recipe.parallel.layout)
@@ -164,6 +167,8 @@ def degrees(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"{processes} processes; parallel.data={processes // sequence} would work"
         )
     _check_ranks(recipe, sequence)
+    if recipe.engine == "fsdp":
+        check_replicas(recipe.fsdp, processes)
     micro = data * recipe.trainer.accumulation
     if recipe.trainer.sequences % micro:
         raise UsageError(

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longtrain import checkpoint, plots, run_folder
 from longtrain.config import compose, to_yaml
 from longtrain.data import Sequences, build_data
+from longtrain.engines import PRECISIONS, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.metrics import MetricsWriter
@@ -33,7 +34,7 @@ from longtrain.model import Decoder, count_parameters
 from longtrain.parallel import build_mesh
 from longtrain.recipe import Recipe, degrees
 from longtrain.screen import Screen
-from longtrain.trainer import PRECISIONS, Evaluation, StepResult, Trainer
+from longtrain.trainer import Evaluation, StepResult, Trainer
 
 Result = TypeVar("Result")
 
@@ -141,7 +142,13 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
         layout=recipe.parallel.layout,
         blocks=tuple(model.blocks) if recipe.memory.shard_blocks else (),
         prepare=partial(model.prepare, device=processes.device, dtype=PRECISIONS[recipe.trainer.precision]),
+        engine=engine_of(recipe),
     )
+
+
+def engine_of(recipe: Recipe) -> EngineFactory:
+    """What makes the recipe's engine."""
+    return partial(FSDPEngine, config=recipe.fsdp)
 
 
 def save(trainer: Trainer, run_dir: Path, recipe: Recipe, seconds: float) -> None:
@@ -157,7 +164,8 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
     folder = checkpoint.latest(run_dir)
     if folder is None:
         raise UsageError(f"{run_dir} has no checkpoint yet; train it first")
-    numbers = checkpoint.load(folder, into=trainer.tensors())
+    tensors = trainer.tensors()
+    numbers = checkpoint.load(folder, into=tensors)
     if numbers["data"] != trainer.data.fingerprint:
         raise UsageError(
             f"resume: {folder} was trained on other data, another data.length or another seed; give the keys it was "
@@ -166,6 +174,7 @@ def restore(trainer: Trainer, run_dir: Path) -> float:
     if numbers["step"] > trainer.config.steps:
         steps = f"{folder} is at step {numbers['step']}; expected as many or more"
         raise UsageError(f"trainer.steps: got {trainer.config.steps}, but {steps}")
+    trainer.loaded(tensors)
     trainer.restore(numbers)
     return float(numbers["seconds"])
 
@@ -256,11 +265,13 @@ def _peak_memory(device: torch.device) -> int:
 def _headline(recipe: Recipe, processes: Processes, trainer: Trainer, training: Sequences, run_dir: Path) -> list[str]:
     mesh = processes.mesh
     layers = describe_layers(recipe.layers, recipe.model.depth)
+    idle_offload = recipe.engine == "fsdp" and recipe.fsdp.cpu_offload and processes.device.type == "cpu"
     return [
         f"{recipe.recipe}: {count_parameters(trainer.model):,} weights, layers {layers}",
         f"{processes.world} x {processes.device.type}: data {mesh['data'].size()} x sequence {mesh['sequence'].size()}"
         f", T = {recipe.data.length:,}, layout {recipe.parallel.layout}",
         f"training data: {training.describe()}",
+        *(["fsdp.cpu_offload changes nothing here: on a CPU all weights lie in host memory"] if idle_offload else []),
         f"run folder: {run_dir}",
     ]
 

@@ -11,21 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from longtrain.data import IGNORE, Sequences
-from longtrain.optimizer import OptimizerConfig, Optimizers, ScheduleConfig, learning_rate_factor
+from longtrain.engines import EngineFactory, FSDPEngine, Setup
+from longtrain.optimizer import OptimizerConfig, ScheduleConfig, learning_rate_factor
 from longtrain.parallel import SequenceShard, sequence_ranks
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ class Trainer:
         data: training sequences; `position` counts how many have been used.
         mesh: over all ranks, as `longtrain.parallel.build_mesh` makes it.
         layout: how each sequence is spread over the sequence group.
+        engine: makes what shards the weights and takes the steps; `longtrain.engines` has them.
     """
 
     def __init__(
@@ -105,6 +102,7 @@ class Trainer:
         layout: str,
         blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
         prepare: Callable[[SequenceShard], None] = lambda shard: None,
+        engine: EngineFactory = FSDPEngine,
     ) -> None:
         self._prepare = prepare
         self.config, self.schedule, self.peak_rate = config, schedule, optimizer.learning_rate
@@ -112,43 +110,56 @@ class Trainer:
         self.device = torch.device(mesh.device_type)
         self.data_group, self.data_rank = mesh.get_group("data"), mesh.get_local_rank("data")
         self.sequence_ranks = sequence_ranks(mesh)
-        self.data_degree, self.world = mesh["data"].size(), mesh.size()
-        self.model = _shard_weights(model, blocks, mesh, PRECISIONS[config.precision])
-        self.optimizers = Optimizers(optimizer, self.model)
+        self.data_degree = mesh["data"].size()
+        self.engine = engine(
+            Setup(
+                model=model,
+                blocks=tuple(blocks),
+                mesh=mesh,
+                precision=config.precision,
+                optimizer=optimizer,
+                clip=config.clip,
+                accumulation=config.accumulation,
+            )
+        )
+        self.model = self.engine.model
         self.step = 0
         self.position = 0  # sequences of `data` used so far
         # The next step's tokens and shards are made while this one runs.
-        self._loader = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="longtrain-data", initializer=_use, initargs=(_device_index(self.device),)
-        )
+        self._loader: ThreadPoolExecutor | None = None
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def train_step(self) -> StepResult:
         """One optimizer step over the next ``sequences`` sequences."""
         start = time.perf_counter()
-        micro_batches = self._micro_batches()
-        valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            cast(FSDPModule, self.model).set_requires_gradient_sync(number == len(micro_batches))
-            loss = self.model(batch.tokens, batch.shard, batch.labels).sum()
-            # fully_shard averages over ranks; the loss is a sum over them.
-            (loss * (self.world / max(valid, 1))).backward()
-            total += loss.detach()
-        norm = self._clip()
+        factor = learning_rate_factor(self.schedule, self.step + 1, self.config.steps)
+        loss, norm = self.take_step(self._micro_batches(), factor)
         self.step += 1
-        factor = learning_rate_factor(self.schedule, self.step, self.config.steps)
-        self.optimizers.step(factor)
         self.position += self.config.sequences
-        dist.all_reduce(total)
         return StepResult(
             step=self.step,
-            loss=float(total) / max(valid, 1),
-            gradient_norm=norm,
+            loss=float(loss),
+            gradient_norm=float(norm),
             learning_rate=self.peak_rate * factor,
             tokens=self.config.sequences * self.data.length,
             seconds=time.perf_counter() - start,
         )
+
+    def take_step(self, micro_batches: list[MicroBatch], rate_factor: float) -> tuple[Tensor, Tensor]:
+        """Forward, backward and optimizer step on given micro-batches; the device's part of `train_step`.
+
+        Nothing in it waits for a number. Returns the step's loss, float64, and the norm of its gradients.
+        """
+        valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches)).clamp_(min=1)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            self.engine.begin(last=number == len(micro_batches))
+            loss = self.model(batch.tokens, batch.shard, batch.labels).sum()
+            self.engine.backward(loss, valid)
+            total += loss.detach()
+        norm = self.engine.step(rate_factor)
+        dist.all_reduce(total)
+        return total / valid, norm
 
     @torch.no_grad()
     def evaluate(self, data: Sequences, sequences: int) -> Evaluation:
@@ -202,12 +213,11 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name: weights and optimizer state."""
-        # After an evaluation the weights are still gathered, and named_parameters() would show those copies.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        weights: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        return weights | self.optimizers.tensors()
+        return self.engine.tensors()
+
+    def loaded(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what a checkpoint wrote into the tensors that `tensors` gave."""
+        self.engine.loaded(tensors)
 
     def numbers(self) -> dict[str, int]:
         """Everything else that a checkpoint holds. Data and schedule are pure functions of these."""
@@ -229,11 +239,19 @@ class Trainer:
 
     def close(self) -> None:
         """End the thread that makes batches; the trainer takes no step afterwards."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        if self._loader is not None:
+            self._loader.shutdown(wait=True, cancel_futures=True)
         self._next = None
 
     def _load(self, position: int) -> "Future[list[MicroBatch]]":
         indices = self._step_indices(position)
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(
+                max_workers=1,
+                thread_name_prefix="longtrain-data",
+                initializer=_use,
+                initargs=(_device_index(self.device),),
+            )
         return self._loader.submit(lambda: [self.micro_batch(self.data, some) for some in indices])
 
     @property
@@ -247,18 +265,12 @@ class Trainer:
         first = position + self.data_rank * each * self.config.accumulation
         return [list(range(first + n * each, first + (n + 1) * each)) for n in range(self.config.accumulation)]
 
-    def _sum_over_data_ranks(self, count: int) -> int:
-        if self.data_degree == 1:
-            return count
-        # The host waits here for a device that has nothing to do: the step before ended with its loss on the host.
-        total = torch.tensor(count, dtype=torch.int64, device=self.device)
-        dist.all_reduce(total, group=self.data_group)
-        return int(total)
-
-    def _clip(self) -> float:
-        largest = self.config.clip
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest if math.isfinite(largest) else 1e30)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def _sum_over_data_ranks(self, count: int) -> Tensor:
+        """The sum of each data rank's count, float64, on the device: the host need not wait for it."""
+        total = torch.tensor(count, dtype=torch.float64, device=self.device)
+        if self.data_degree > 1:
+            dist.all_reduce(total, group=self.data_group)
+        return total
 
 
 def _evaluation(
@@ -297,15 +309,3 @@ def position_buckets(length: int) -> np.ndarray:
     powers = np.arange(0, 2 * math.log2(max(length, 2)) + 1)
     edges = np.unique(np.concatenate([[0], np.round(2 ** (powers / 2))]).astype(np.int64))
     return edges[edges < max(length, 1)]
-
-
-def _shard_weights(
-    model: nn.Module, blocks: Iterator[nn.Module] | tuple[nn.Module, ...], mesh: DeviceMesh, compute: torch.dtype
-) -> nn.Module:
-    """Spread weights, gradients and optimizer state over all ranks, data and sequence alike."""
-    everyone = mesh._flatten("everyone") if mesh.ndim > 1 else mesh
-    policy = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=everyone, mp_policy=policy)
-    fully_shard(model, mesh=everyone, mp_policy=policy, reshard_after_forward=False)
-    return model

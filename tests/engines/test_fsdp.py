@@ -1,0 +1,63 @@
+"""The fsdp engine's options: copies of the weights, and who is refused what."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from longtrain.config import compose
+from longtrain.engines import FSDPConfig, FSDPEngine, Setup
+from longtrain.errors import UsageError
+from longtrain.optimizer import OptimizerConfig
+from longtrain.parallel import build_mesh
+from tests.distributed import run_distributed
+from tests.test_training import assert_same_losses
+
+
+@pytest.mark.parametrize(("world", "replicas", "data"), [(2, 2, 1), (4, 2, 2)])
+def test_copies_of_the_weights_change_no_loss(world: int, replicas: int, data: int) -> None:
+    spread = [f"fsdp.replicas={replicas}", f"parallel.data={data}", "memory.shard_blocks=true"]
+    assert_same_losses(world, spread, "trainer.sequences=4", "data.length=128")
+
+
+def placements(rank: int, world: int) -> tuple[tuple, list[int], list[float]]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 8, bias=False)
+    setup = Setup(
+        model=model,
+        blocks=(),
+        mesh=build_mesh("cpu", data=1, sequence=world),
+        precision="float32",
+        optimizer=OptimizerConfig(name="sgd", learning_rate=1.0, weight_decay=0.0),
+        clip=float("inf"),
+    )
+    engine = FSDPEngine(setup, FSDPConfig(replicas=2))
+    weight = engine.tensors()["model.weight"]
+    assert isinstance(weight, DTensor)
+    before = weight.full_tensor().detach()
+    engine.begin(last=True)
+    engine.backward(engine.model(torch.full((1, 3), float(rank))).sum(), torch.tensor(1.0, dtype=torch.float64))
+    norm = engine.step(1.0)
+    step = before - weight.full_tensor().detach()
+    return weight.placements, list(weight.to_local().shape), [float(step[0, 0]), float(norm)]
+
+
+def test_consecutive_ranks_share_a_copy_and_gradients_are_sums_over_all() -> None:
+    for found, shape, (step, norm) in run_distributed(4, placements):
+        assert found == (Replicate(), Shard(0)) and shape == [4, 3]
+        np.testing.assert_allclose([step, norm], [6.0, 6.0 * 24**0.5], rtol=1e-6)  # 0 + 1 + 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["fsdp.replicas=0"], "fsdp.replicas: got 0, expected 1 or more"),
+        (["fsdp.replicas=3"], "fsdp.replicas: got 3, it must divide the 2 processes: 1, 2"),
+        (["fsdp.replica=2"], "fsdp.replica: no such key (nearest: 'fsdp.replicas')"),
+        (["fsdp.cpu_offload=maybe"], "fsdp.cpu_offload: got 'maybe', expected true or false"),
+    ],
+)
+def test_refusals(overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        compose("quickstart", overrides)
+    assert str(refused.value).startswith(said), str(refused.value)
