@@ -1,7 +1,10 @@
 """Recall tasks against an account read off the tokens, and accuracy against a count made one sequence at a time."""
 
+import json
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +25,11 @@ from longtrain.data import (
     decode,
     vocabulary_of,
 )
+from longtrain.launch.benchmark_recall import PICTURE, RECIPES
 from longtrain.parallel import SequenceShard, build_mesh
 from longtrain.recipe import degrees
 from longtrain.train import Processes, build_trainer
-from tests.distributed import run_distributed
+from tests.distributed import run_command, run_distributed
 
 # ---- multi-query associative recall ----
 
@@ -231,3 +235,57 @@ def test_losses_accuracy_and_resumed_batches_are_the_same_on_any_number_of_ranks
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5, atol=0)  # type: ignore[arg-type]
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert (found["accuracy"], found["by_group"]) == (expected["accuracy"], expected["by_group"])
+
+
+# ---- what a model can recall ----
+
+FEW_PAIRS = [
+    "data.length=24",
+    "data.pairs=[6]",
+    "data.vocabulary=32",
+    "model.width=32",
+    "model.mlp_width=32",
+    "model.depth=2",
+    "trainer.steps=90",
+    "schedule.warmup=5",
+    "schedule.decay=45",
+    "optimizer.matrix_learning_rate=0.05",
+    "optimizer.learning_rate=3.0e-2",
+]
+
+
+def recalled(rank: int, world: int, overrides: Sequence[str]) -> float:
+    """The share of held-out answers that are right after training on few pairs."""
+    recipe = compose("recall_linear", [*FEW_PAIRS, *overrides])
+    processes = Processes(rank, world, build_mesh("cpu", data=1, sequence=1), torch.device("cpu"))
+    training, held_out = build_data(recipe.data, seed=recipe.seed)
+    trainer = build_trainer(recipe, processes, training)
+    for _ in range(recipe.trainer.steps):
+        trainer.train_step()
+    found = trainer.evaluate(held_out, 128).accuracy  # of 768 answers
+    trainer.close()
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_small_hybrid_recalls_99_per_cent_where_fixed_decay_alone_does_not() -> None:
+    [alone] = run_distributed(1, recalled, [], timeout=250)
+    [hybrid] = run_distributed(1, recalled, ["layers.pattern=[lightning, softmax]"], timeout=250)
+    assert alone < 0.5 < 0.99 <= hybrid
+    assert alone > 1 / 31  # it does learn: better than any key or value
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)  # minutes where it is quiet; time decides nothing
+def test_the_recipes_recall_99_per_cent_but_for_fixed_decay_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "longtrain", "bench", "recall", "--output", "out"]
+    ended = run_command(command, cwd=tmp_path, timeout=3500, env={"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stdout
+    found = {
+        name: json.loads((tmp_path / "out" / name / "summary.json").read_text())["held_out_accuracy_by_pairs"]
+        for name in RECIPES
+    }
+    assert all(len(by_pairs) == 4 for by_pairs in found.values())
+    assert min(found["recall_hybrid"].values()) >= 0.99 and min(found["recall_softmax"].values()) >= 0.99
+    assert found["recall_linear"]["16"] < 0.5
+    assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
