@@ -47,6 +47,10 @@ class _Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
+# Of a whole process that has no card at all, its autograd threads included: what it is taken to have. A plain list,
+# because a context variable would not reach those threads.
+_pretended: list[str] = []
+
 _recording: ContextVar[_Recording | None] = ContextVar("longtrain_recording", default=None)
 
 
@@ -62,7 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
         record = Launch(kernel, grid, args, constants, config.num_warps, config.num_stages)
         recording.launches.append(record)
         return
-    if 0 in grid:
+    if 0 in grid or _pretended:
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -86,6 +90,21 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def pretend(architecture: str) -> None:
+    """From now on, in this whole process, tensors are taken to lie on a card of `architecture`, and no kernel runs.
+
+    For dry runs, whose tensors have no memory: an operator's host code allocates as it would, and launches nothing.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: got {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
+    _pretended[:] = [architecture]
+
+
+def runs_nothing(device: torch.device) -> bool:
+    """Whether tensors of this device have shapes only: "meta", or a pretended card."""
+    return device.type == "meta" or (bool(_pretended) and device.type not in ("cpu", "cuda"))
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations a device gets, one of ARCHITECTURES.
 
@@ -95,6 +114,8 @@ def architecture(device: torch.device) -> str:
     recorded = _recording.get()
     if recorded is not None:
         return recorded.architecture
+    if _pretended:
+        return _pretended[0]
     if device.type != "cuda" or torch.version.hip:
         return "gfx942"
     capability = torch.cuda.get_device_capability(device)
@@ -117,6 +138,8 @@ def refusal(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "meta" and _recording.get() is not None:
+        return None
+    if _pretended and runs_nothing(device):
         return None
     if device.type == "cpu":
         return None if interpreted() else "Triton needs a GPU (on a CPU only its interpreter, TRITON_INTERPRET=1, runs)"

@@ -1,8 +1,9 @@
 """The grid of processes: copies of the model along one side, the ranks that share a sequence along the other."""
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longtrain.parallel.communication import process_count
+from longtrain.parallel.communication import Group, process_count
 
 
 def build_mesh(device_type: str, *, data: int, sequence: int, rows: int = 1) -> DeviceMesh:
@@ -40,6 +41,11 @@ def build_mesh(device_type: str, *, data: int, sequence: int, rows: int = 1) -> 
 def sequence_ranks(mesh: DeviceMesh) -> DeviceMesh:
     """The part of a mesh of `build_mesh` that shares one sequence: one dimension, or two (outer, inner)."""
     return mesh["outer", "inner"] if "outer" in (mesh.mesh_dim_names or ()) else mesh["sequence"]
+
+
+def is_fake(group: Group) -> bool:
+    """Whether the group's messages go nowhere and come from nowhere: torch's "fake" backend, in dry runs."""
+    return group is not None and "fake" in str(dist.get_backend_config(group))
 
 
 def _divisors(number: int) -> list[int]:

@@ -218,6 +218,8 @@ def _described(config: Config, size: str, *tensors: Tensor) -> tuple[Config, lis
 
 
 def _describable(x: Tensor) -> bool:
+    if launching.runs_nothing(x.device):  # no address
+        return False
     strides = [x.stride(dim) * x.element_size() for dim in range(3) if x.shape[dim] > 1]
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
 

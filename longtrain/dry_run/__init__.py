@@ -1,0 +1,36 @@
+"""A training step of the real program on pretended devices: what each would hold in memory, without any of them.
+
+    held = longtrain.launch.dry_runs.dry_run("quickstart", ["data.length=65536"], world=8, architecture="sm_90")
+    print(held.peak["total"], held.peak["working set"])
+
+The step runs in a process of its own, with tensors that have shapes but no memory, and messages that go nowhere. It is
+the trainer's, on the decoder that a training run would build, with every allocation of model, engine, optimizer and
+operators; kernels are left out. What allocators round up or waste is not in it.
+"""
+
+from dataclasses import dataclass
+
+TERMS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "gathered weights",
+    "layer inputs",
+    "kept attention",
+    "ring buffers",
+    "loss",
+    "working set",
+)
+"""What memory is held for; `dry_run.tracker.Term` says what each means. With "total" the keys of `Held`'s mappings."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one rank holds, by term and in total."""
+
+    building: dict[str, int]  # at most, while the model was made
+    peak: dict[str, int]  # when a training step holds most; the optimizer's state exists
+    after: dict[str, int]  # between steps
+    host_peak: int  # bytes on the host that tensors were offloaded to, at most
+    tokens: int  # of the rank, in a micro-batch
+    seconds: float  # that the dry run took

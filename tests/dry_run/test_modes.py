@@ -1,0 +1,84 @@
+"""What a dry run sees and answers, on small fake tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtrain.dry_run import TERMS
+from longtrain.dry_run.modes import Fakes, Program
+from longtrain.dry_run.tracker import Term, Tracker
+from longtrain.kernels import linear_cross_entropy, softmax_attention
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+@contextmanager
+def dry() -> Iterator[tuple[Tracker, Program]]:
+    fakes, tracker = Fakes(), Tracker(CPU)
+    program = Program(CPU, fakes, tracker)
+    with fakes, tracker, program:
+        yield tracker, program
+
+
+def test_every_storage_counts_until_it_is_gone():
+    with dry() as (tracker, _):
+        x = torch.zeros(MIB, dtype=torch.uint8)
+        with tracker.making(Term.LOSS):
+            y = torch.zeros(3 * MIB, dtype=torch.uint8)
+            views = [y[1:], y.view(3, MIB)]
+        assert tracker.held() == dict.fromkeys(TERMS, 0) | {"working set": MIB, "loss": 3 * MIB, "total": 4 * MIB}
+        tracker.mark([x], Term.WEIGHTS)
+        del y, views
+        assert tracker.held()["total"] == tracker.held()["weights"] == MIB
+        assert tracker.peak()["total"] == 4 * MIB
+        tracker.restart()
+        assert tracker.peak()["total"] == MIB
+        x.untyped_storage().resize_(0)
+        assert tracker.held()["total"] == 0
+
+
+def test_fake_numbers_are_fine_and_host_data_is_real():
+    with dry() as (_, program):
+        x = torch.randn(4, 4)
+        assert bool(x.isfinite().all()) and not bool((x > 0).any()) and x.sum().item() == 1.0
+        assert torch.equal(x, x) and int(torch.zeros((), dtype=torch.int64)) == 1
+        with program.preparing():
+            positions = torch.arange(5) * 2
+            assert type(positions) is Tensor and positions.tolist() == [0, 2, 4, 6, 8]
+        assert x.index_select(0, positions[:2]).shape == (2, 4)  # both kinds at once
+
+
+def test_bodies_of_registered_operators_are_seen():
+    hidden, width, vocabulary = 2048, 64, 4096
+    with dry() as (tracker, _):
+        x, weight = torch.randn(hidden, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+        targets = torch.zeros(hidden, dtype=torch.int64)
+        tracker.restart()
+        linear_cross_entropy(x, weight, targets).backward()
+        assert tracker.peak()["loss"] > 1024 * 1024 * 4  # a tile of logits, [1024, 1024]
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert tracker.held()["loss"] == 0
+
+
+def test_fake_is_as_real():
+    """The account of a call and its backward is the same with numbers and without."""
+
+    def peak(tracker: Tracker) -> dict[str, int]:
+        q, k, v = (torch.randn(1, 300, 2, 64, requires_grad=True) for _ in range(3))
+        tracker.restart()
+        out, _ = softmax_attention(q, k, v, backend="torch")
+        out.square().sum().backward()
+        return tracker.peak()
+
+    with dry() as (tracker, _):
+        fake = peak(tracker)
+    tracker = Tracker(CPU)
+    with tracker, Program(CPU, None, tracker):
+        real = peak(tracker)
+    # Masks are host data: real tensors, which a dry run does not count.
+    assert fake["total"] == pytest.approx(real["total"], rel=0.02)
+    assert fake["working set"] > 4 * 300 * 2 * 64 * 4
