@@ -30,7 +30,7 @@ RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
 FREE = ("layers.mixers",)
 # May be a list or a mapping, and the command line gives it whole: Hydra would merge mappings, and refuse the change of
 # one into the other.
-WHOLE = ("layers.pattern",)
+WHOLE = ("layers.pattern", "memory.recompute")
 
 
 def recipe_names() -> list[str]:

@@ -6,11 +6,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from longtrain.layers import LayerPlace, Mixer, SwiGLU
-from longtrain.layers.pattern import LayersConfig, plan_layers
+from longtrain.layers.pattern import LayersConfig, named_layers
+from longtrain.memory import MemoryConfig, layer_policies, run_block
 from longtrain.parallel import SequenceShard
+
+KEEP_EVERYTHING = MemoryConfig()
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,17 @@ class Decoder(nn.Module):
         config: width, depth and so on.
         layers: the mixers' pattern and options.
         vocabulary: number of token ids.
-        recompute: ``"none"`` keeps every activation for backward, ``"full"`` keeps only each block's input and runs the
-            block again ("Training Deep Nets with Sublinear Memory Cost").
+        memory: what is kept for backward of each block; the gradients are the same with all of it.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayersConfig, *, vocabulary: int, recompute: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, layers: LayersConfig, *, vocabulary: int, memory: MemoryConfig = KEEP_EVERYTHING
+    ) -> None:
         super().__init__()
-        self.recompute = recompute
+        planned = named_layers(layers, width=config.width, depth=config.depth)
+        self.policies = layer_policies(memory.recompute, [layer.name for layer in planned])
         self.embedding = nn.Embedding(vocabulary, config.width)
-        self.blocks = nn.ModuleList(
-            Block(config, mixer(options, place))
-            for mixer, options, place in plan_layers(layers, width=config.width, depth=config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer.mixer(layer.options, layer.place)) for layer in planned)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         self._initialise(config)
@@ -115,11 +116,8 @@ class Decoder(nn.Module):
             these losses, and bool ``[B, T_w]``, true where the label has the largest logit (the first of equal ones).
         """
         x = self.embedding(tokens)
-        for block in self.blocks:
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, shard, use_reentrant=False)
-            else:
-                x = block(x, shard)
+        for block, policy in zip(self.blocks, self.policies, strict=True):
+            x = run_block(block, x, shard, policy=policy)
         logits = self.head(self.norm(x))
         if labels is None:
             return logits

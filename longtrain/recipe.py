@@ -12,7 +12,7 @@ from longtrain.data import DataConfig, check_data
 from longtrain.engines import PRECISIONS, FSDPConfig, check_fsdp, check_replicas
 from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import LayersConfig, named_layers, takes_strategy
-from longtrain.memory import RECOMPUTE_POLICIES, MemoryConfig
+from longtrain.memory import MemoryConfig, check_memory
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
 from longtrain.parallel.attention import STRATEGIES
@@ -72,7 +72,6 @@ def check(recipe: Recipe) -> None:
         if value == "":
             raise UsageError(f"{key}: got an empty name, expected a folder (null: none given)")
     _one_of("engine", recipe.engine, ENGINES)
-    _one_of("memory.recompute", recipe.memory.recompute, RECOMPUTE_POLICIES)
     if recipe.parallel.strategy in set(SCAN_STRATEGIES) - set(STRATEGIES):
         raise UsageError(
             f"parallel.strategy: got {recipe.parallel.strategy!r}, which is a way for states of linear mixers: "
@@ -110,9 +109,10 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_layers(recipe: Recipe) -> None:
-    """Refuse layers that cannot be, and a strategy that none of them would take."""
+    """Refuse layers that cannot be, memory policies for others, and a strategy that none of them would take."""
     try:
         layers = named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+        check_memory(recipe.memory, [layer.name for layer in layers])
     except ValueError as error:
         raise UsageError(str(error)) from error
     if recipe.parallel.strategy == "auto":

@@ -130,7 +130,7 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
             recipe.model,
             with_strategy(recipe.layers, recipe.parallel.strategy),
             vocabulary=training.vocabulary,
-            recompute=recipe.memory.recompute,
+            memory=recipe.memory,
         )
     return Trainer(
         model,

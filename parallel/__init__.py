@@ -6,6 +6,7 @@
 Functions and shards only; the modules are in `longtrain.layers`.
 """
 
+from longtrain.parallel import relayouts as relayouts  # registers operators that shards call
 from longtrain.parallel.attention import sequence_parallel_attention
 from longtrain.parallel.attention.cost import Hardware, explain_attention
 from longtrain.parallel.balanced import Balanced

@@ -10,6 +10,7 @@ checkpointing, torch.compile and fake tensors; see `parallel/attention/operators
 Letters: B batch, T_w tokens on this rank, D channels, E runs of this rank that have a halo, N its segments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from longtrain.kernels.causal_conv1d import check_inputs, check_options, operators, state_dtype
 from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
 from longtrain.parallel.halo import HaloExchange, HaloGradientExchange, HaloPlan, halo_plan
-from longtrain.parallel.saving import saved_as_it_is
 from longtrain.parallel.shard import SequenceShard, shard_of
 
 NAME = "longtrain::sequence_parallel_conv1d"
@@ -73,7 +73,8 @@ def sequence_parallel_conv1d(
         activation=activation,
         backend=backend,
         gradients=gradients,
-        keep=gradients and saved_as_it_is(),
+        # Halos are small: they may be saved wherever they can be, so that no message brings them again.
+        keep=gradients and not torch.compiler.is_compiling(),
     )
     return out
 
@@ -184,15 +185,43 @@ def _forward(
     stated = {**options, "requires_grad": gradients, "kept for backward": keep}
     agree(spread, _signature(x, weight, bias, spread, stated), device=x.device)
     exchange = HaloExchange(x, plan.halo, spread.group)
+    out, halo = _convolved(x, weight, bias, plan, exchange.wait, options)
+    return out, [halo] if keep else []
+
+
+def convolved_again(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    halo: Tensor,
+    shard: int,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    """What the forward operator returned, bit for bit, from the halo that it held: for recompute, without a message."""
+    options = {"activation": activation, "backend": backend}
+    return _convolved(x, weight, bias, _plan(shard_of(shard), weight.shape[1]), lambda: halo, options)[0]
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: _ConvPlan,
+    wait: Callable[[], Tensor],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """out and the halo, for which it waits when all that needs none is computed."""
     out = operators.forward(x, weight, bias, None, plan.offsets, None, **options)
-    halo = exchange.wait()
+    halo = wait()
     if edges := plan.edges.pieces:
         strip = plan.edges
         given = (strip.tokens(x), weight, bias, strip.before(halo), strip.offsets, strip.counts)
         parts = operators.forward(*given, **options).split(strip.sizes, dim=1)
         for (start, stop), part in zip(edges, parts, strict=True):
             out[:, start:stop] = part
-    return out, [halo] if keep else []
+    return out, halo
 
 
 @torch.library.custom_op(

@@ -1,9 +1,10 @@
 """How tensors move between ranks: the differentiable steps behind `SequenceShard.split`, `gather` and `relayout`.
 
 Each is a linear map that picks or exchanges tokens, so its backward is the map the other way round. Indices are host
-data, made once; a copy for each device is kept beside them.
+data, made once; a copy for each device is kept beside them. Those that send are registered operators (`relayouts.py`).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -56,12 +57,19 @@ def split(x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
 
 def gather(x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
     """[.., T_w, ..] -> [.., T, ..]: everybody's tokens; backward sums over ranks and takes this rank's."""
-    return cast(Tensor, _Gather.apply(x, shard, dim))
+    return torch.ops.longtrain.gather(x, shard=shard.handle, dim=dim, whole=shard.length)
 
 
-def relayout(x: Tensor, shard: "SequenceShard", other: "SequenceShard", dim: int) -> Tensor:
-    """[.., T_w of shard, ..] -> [.., T_w of other, ..]; backward is the relayout from other to shard."""
-    return cast(Tensor, _Relayout.apply(x, shard, other, dim))
+def relayout(
+    x: Tensor, shard: "SequenceShard", other: "SequenceShard", dim: int, *, parts: Sequence[int] | None = None
+) -> Tensor:
+    """[.., T_w of shard, ..] -> [.., T_w of other, ..]; backward is the relayout from other to shard.
+
+    parts: widths of the tensors of which x ``[B, T_w, width]`` consists; given, the ranks compare x first.
+    """
+    return torch.ops.longtrain.relayout(
+        x, shard=shard.handle, other=other.handle, dim=dim, tokens=other.local_length, parts=parts
+    )
 
 
 class _Split(torch.autograd.Function):
@@ -77,34 +85,25 @@ class _Split(torch.autograd.Function):
         return whole.index_copy(ctx.dim, ctx.shard.held.on(gradient.device), gradient), None, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
-        ctx.shard, ctx.dim = shard, dim
-        rows = all_gather_parts(x.movedim(dim, 0), shard.lengths, shard.group)
-        return _placed(rows, shard.by_rank, dim)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,), shard = gradients, ctx.shard
-        rows = gradient.movedim(ctx.dim, 0).index_select(0, shard.by_rank.on(gradient.device))
-        own = reduce_scatter_parts(rows, shard.lengths, shard.group)
-        return own.to(gradient.dtype).movedim(0, ctx.dim), None, None
+def gathered(x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
+    """What `gather` does, unknown to autograd."""
+    rows = all_gather_parts(x.movedim(dim, 0), shard.lengths, shard.group)
+    return _placed(rows, shard.by_rank, dim)
 
 
-class _Relayout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: "SequenceShard", other: "SequenceShard", dim: int) -> Tensor:
-        ctx.shard, ctx.other, ctx.dim = shard, other, dim
-        plan = shard.relayout_plan(other)
-        rows = x.movedim(dim, 0).index_select(0, plan.send_order.on(x.device))
-        rows = all_to_all_parts(rows, plan.send_sizes, plan.receive_sizes, shard.group)
-        return _placed(rows, plan.places, dim)
+def summed(x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
+    """[.., T, ..] -> [.., T_w, ..]: this rank's tokens of the sum over ranks."""
+    rows = x.movedim(dim, 0).index_select(0, shard.by_rank.on(x.device))
+    own = reduce_scatter_parts(rows, shard.lengths, shard.group)
+    return own.to(x.dtype).movedim(0, dim).contiguous()
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return relayout(gradients[0], ctx.other, ctx.shard, ctx.dim), None, None, None
+
+def relaid(x: Tensor, shard: "SequenceShard", other: "SequenceShard", dim: int) -> Tensor:
+    """What `relayout` does, unknown to autograd."""
+    plan = shard.relayout_plan(other)
+    rows = x.movedim(dim, 0).index_select(0, plan.send_order.on(x.device))
+    rows = all_to_all_parts(rows, plan.send_sizes, plan.receive_sizes, shard.group)
+    return _placed(rows, plan.places, dim)
 
 
 def _placed(rows: Tensor, places: HostIndex, dim: int) -> Tensor:

@@ -28,7 +28,15 @@ if __name__ == "__main__":
     package.__path__ = [str(folder)]
     sys.modules |= {"tests": package, "tests.mutations": sys.modules["__main__"]}
 
-from tests.mutated import architectures, attention, linear_mixers, softmax_kernels, torch_kernels, triton_kernels
+from tests.mutated import (
+    architectures,
+    attention,
+    linear_mixers,
+    memory,
+    softmax_kernels,
+    torch_kernels,
+    triton_kernels,
+)
 from tests.mutated.mutation import Mutation
 
 if TYPE_CHECKING:
@@ -42,6 +50,7 @@ MUTATIONS = (
     + triton_kernels.MUTATIONS
     + softmax_kernels.MUTATIONS
     + linear_mixers.MUTATIONS
+    + memory.MUTATIONS
 )
 
 

@@ -109,6 +109,8 @@ REFUSED = [
     (["parallel.strategy=ulises"], "parallel.strategy", "'ulises'", "ring"),
     (["parallel.data=2", "trainer.sequences=3"], "trainer.sequences", "3", "trainer.sequences=4"),
     (["memory.recompute=ful"], "memory.recompute", "'ful'", "'full'"),
+    (["memory.recompute=[atention]"], "memory.recompute", "'atention'", "'attention'"),
+    (["memory.recompute={sofmax: full}"], "memory.recompute.sofmax", "'softmax'"),
     (["engine=fsdpp"], "engine", "'fsdpp'", "fsdp"),
     (["optimizer.name=adam"], "optimizer.name", "'adam'", "adamw"),
     (["optimizer.beta2=1.0"], "optimizer.beta2", "1.0"),

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from longtrain.config import compose
 from longtrain.data import IGNORE, VOCABULARY, PackedSequence, build_data
 from longtrain.layers.pattern import LayersConfig
+from longtrain.memory import MemoryConfig
 from longtrain.model import Decoder, ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig
 from longtrain.parallel import SequenceShard, build_mesh
@@ -117,7 +118,7 @@ def small_model(tie: bool, recompute: str = "none") -> Decoder:
         pattern=["lightning", "softmax"], mixers={"lightning": {"heads": 2}, "softmax": {"heads": 4, "kv_heads": 2}}
     )
     config = ModelConfig(width=32, depth=4, tie_embedding=tie)
-    model = Decoder(config, layers, vocabulary=VOCABULARY, recompute=recompute)
+    model = Decoder(config, layers, vocabulary=VOCABULARY, memory=MemoryConfig(recompute=recompute))
     torch.nn.init.normal_(model.head.weight, std=0.2)  # zero at the start of a training, it would hide the rest
     return model
 

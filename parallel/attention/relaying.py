@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtrain.parallel.agreement import agree, check_shard, check_tokens, tensor_signature
+from longtrain.parallel import moves
+from longtrain.parallel.agreement import check_shard, check_tokens
 from longtrain.parallel.attention import ring
 from longtrain.parallel.attention.call import AttentionCall, Window
 from longtrain.parallel.attention.choice import choose, possible
@@ -115,11 +116,9 @@ def moved(tensors: Sequence[Tensor], shard: SequenceShard, target: SequenceShard
     check_shard(shard, batch=tensors[0].shape[0])
     for x in tensors:
         check_tokens("q, k, v", x, shard)
-    signature = {"operator": "attention on another layout", "shard": shard.signature, "moved to": target.layout.name}
-    signature |= {f"tensor {index}": tensor_signature(x) for index, x in enumerate(tensors)}
-    agree(shard, signature, device=tensors[0].device)
+    widths = [x.shape[2] * x.shape[3] for x in tensors]
     flat = torch.cat([x.flatten(2) for x in tensors], dim=-1)
-    parts = shard.relayout(flat, target, dim=1).split([x.shape[2] * x.shape[3] for x in tensors], dim=-1)
+    parts = moves.relayout(flat, shard, target, 1, parts=widths).split(widths, dim=-1)
     return [part.unflatten(-1, x.shape[2:]) for part, x in zip(parts, tensors, strict=True)]
 
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longtrain.layers import SequenceParallelAttention
 from longtrain.layers.pattern import LayersConfig
+from longtrain.memory import MemoryConfig
 from longtrain.model import Decoder, ModelConfig
 from longtrain.parallel import SequenceShard
 from tests.distributed import run_distributed
@@ -34,7 +35,7 @@ def _results(shard: SequenceShard, strategy: str, recompute: str) -> tuple[Tenso
     options: dict[str, Any] = {"heads": 4, "kv_heads": 2, "strategy": strategy}
     layers = LayersConfig(pattern=["softmax"], mixers={"softmax": options})
     config = ModelConfig(width=32, depth=2, tie_embedding=False)
-    model = Decoder(config, layers, vocabulary=50, recompute=recompute).double()
+    model = Decoder(config, layers, vocabulary=50, memory=MemoryConfig(recompute=recompute)).double()
     torch.nn.init.normal_(model.head.weight)
     seeded = torch.Generator().manual_seed(4)
     tokens, labels = (torch.randint(50, (1, LENGTH), generator=seeded) for _ in range(2))

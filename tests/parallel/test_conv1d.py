@@ -250,9 +250,8 @@ def _check_policies(rank: int, world: int) -> None:
     for results in (kept, full):
         assert all(torch.equal(result, truth) for result, truth in zip(results, expected, strict=True))
     assert len(forward) == len(plain) == 1
-    # Where tensors are not held as they are, backward asks for the halo again; forward's message is repeated only where
-    # forward is.
-    assert keeping == forward + plain and recomputing == forward + forward + plain
+    # The halo is held: forward's message is repeated only where forward is.
+    assert keeping == plain and recomputing == forward + plain
 
 
 def test_kept_convolutions_are_not_computed_again() -> None:

@@ -1,0 +1,65 @@
+"""Running a block so that backward computes it again, all but what its policy keeps.
+
+torch's checkpoint runs the block again in backward when its first saved tensor is asked for. Around the first run
+stands a mode that records the results of the kept operators, around the second one that gives them back, in the order
+of their calls, instead of calling these operators again. The modes stand below autograd: in the second run each kept
+operator gets its place in the graph as usual, and its backward finds its inputs computed again and its results kept.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from longtrain.memory.operators import Operator, Results
+from longtrain.memory.policies import Policy
+
+
+def run_block(block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy) -> Tensor:
+    """``block(x, *rest)``, of which backward keeps what the policy says; the same gradients, bit for bit."""
+    if not policy.recompute or not torch.is_grad_enabled():
+        return block(x, *rest)
+    result = checkpoint(block, x, *rest, use_reentrant=False, context_fn=lambda: _record_and_replay(policy.kept))
+    return cast(Tensor, result)
+
+
+def _record_and_replay(kept: Sequence[Operator]) -> "tuple[_Record, _Replay]":
+    operators = {operator.overload: operator for operator in kept}
+    results: dict[OpOverload, deque[Results]] = defaultdict(deque)
+    return _Record(operators, results), _Replay(operators, results)
+
+
+class _Recorded(TorchDispatchMode):
+    """What both modes know: the kept operators, and their results in the order of the calls."""
+
+    def __init__(self, operators: dict[OpOverload, Operator], results: dict[OpOverload, "deque[Results]"]) -> None:
+        super().__init__()
+        self._operators, self._results = operators, results
+
+
+class _Record(_Recorded):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if (operator := self._operators.get(func)) is not None:
+            # Aliases: autograd makes the graph's nodes owners of the results themselves.
+            self._results[func].append(tree_map_only(Tensor, Tensor.detach, operator.keep(results)))
+        return results
+
+
+class _Replay(_Recorded):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = self._operators.get(func)
+        if operator is None:
+            return func(*args, **(kwargs or {}))
+        if not self._results[func]:
+            raise RuntimeError(
+                f"{func} was called more often in recompute than in forward, or backward ran twice: what recompute "
+                "keeps is given back once"
+            )
+        return operator.give(self._results[func].popleft(), args, kwargs or {})
