@@ -40,6 +40,8 @@ def causal_conv1d(
         no token sees another document. Best kept on the CPU: elsewhere the host waits to read it.
     backend: "auto", "triton", "torch" or "reference"; `longtrain.kernels.explain` tells what runs.
 
+    A NaN or inf in x reaches the tokens that see it, in its channel and document, and the gradients of weight and bias.
+
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends.
     """
     check_inputs(x, weight, bias)

@@ -48,6 +48,10 @@ def gated_slot_attention(
         each document starts anew. Best kept on the CPU: elsewhere the host waits to read it.
     backend: "auto", "triton" (K, V and M up to 256), "torch" or "reference"; `kernels.explain` tells what runs.
 
+    A NaN or inf reaches what depends on it and nothing else: no other document, row or head, no output before it, and
+    no gradient that it has no part in. With the Triton kernels the gradient of log_decay is the exception that it is in
+    `linear_attention`: slots count there as k and v do.
+
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """

@@ -53,6 +53,12 @@ def linear_attention(
     backend: "auto", "triton" (on a GPU; K and V up to 256; states and sums in float32), "torch" or "reference";
         `longtrain.kernels.explain` tells what runs.
 
+    A NaN or inf reaches what depends on it and nothing else: no other document, row or head, no output before it, and
+    no gradient that it has no part in. The Triton kernels make one exception, the gradient of log_decay: there the own
+    token of a bad k or v is reached, and where a q or dout is bad too, at a token before it in the same document and
+    head, the tokens between the two. Of a first token's log-decay nothing depends where no state enters: whether a NaN
+    there is felt is left open.
+
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, backends, and
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """

@@ -56,6 +56,9 @@ def softmax_attention(
         NVIDIA's cards "auto" leaves plainly full and plainly causal calls in half precision to PyTorch's flash or cuDNN
         kernel.
 
+    A NaN or inf reaches the queries that see it, and the keys that these see, and nothing else: no other document, row
+    or head.
+
     Raises ValueError naming the argument for anything else: shapes, dtypes, devices, boundaries, windows, backends.
     """
     _check_inputs(q, k, v, sinks)

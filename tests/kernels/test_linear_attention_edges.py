@@ -168,6 +168,23 @@ def test_nan_and_inf_stay_with_those_who_depend_on_them(decay, bad, monkeypatch)
             torch.testing.assert_close(got[name][finite], y[finite], rtol=1e-4, atol=1e-4, msg=message)
 
 
+@pytest.mark.parametrize("last", ["k", "v"])
+@pytest.mark.parametrize("first", ["q", "dout"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_what_lies_between_two_bad_numbers_is_not_reached(decay, first, last, monkeypatch):
+    """Gradients of the decays there need neither what is read before nor what is written after."""
+    monkeypatch.setattr(chunking, "_CPU_TILE", 60_000)  # several tiles
+    this = problem(decay, "slow", (2, 2), (3, 5), [20, 150])
+    (this.gradients["out"] if first == "dout" else this.inputs[first])[0, 30, 1, 1] = torch.nan
+    this.inputs[last][0, 110, 1, 1] = torch.nan
+    got, true = this.solve(torch.float32), this.solve(torch.float32, "reference")
+    for name, y in true.items():
+        assert torch.equal(got[name].isfinite(), y.isfinite()), name
+    if decay in ("token", "channel"):
+        assert got["dlog_decay"][0, 31:111].isfinite().all()
+        assert not got["dlog_decay"][0, 20:31, 1].isfinite().all()
+
+
 class Work(TorchDispatchMode):
     """How many operators run, which, and the size of their largest result."""
 

@@ -95,6 +95,19 @@ def test_nan_and_inf_reach_who_sees_them(decay, seed):
     assert_only_who_sees_it_is_reached(this, spoilt, "triton", torch.float32, spared=spared)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_two_bad_numbers_reach_no_more_than_the_decays_between_them(decay):
+    this = problem(decay, "slow", (3, 3), (5, 6), [5, 50], states="neither")
+    spoilt = Problem({name: x.clone() for name, x in this.inputs.items()}, this.gradients, this.options)
+    between = torch.zeros(55, 3, dtype=torch.bool)
+    for head, first, last in ((0, 10, 20), (1, 10, 45)):  # in one part, in two
+        spoilt.inputs["q"][0, first, head, 1] = torch.nan
+        spoilt.inputs["v"][0, last, head, 2] = torch.nan
+        between[first : last + 1, head] = True
+    assert_only_who_sees_it_is_reached(this, spoilt, "triton", torch.float32, spared={"dlog_decay": between})
+
+
 def test_strides_do_not_matter_and_results_repeat():
     q, k = (torch.randn(1, 33, 2 * 5)[..., start : start + 5][:, :, None] for start in (0, 5))
     v = torch.randn(2, 33, 9).permute(1, 0, 2)[None]
