@@ -6,6 +6,7 @@ neighbours. No rank outlives this process.
 """
 
 import ctypes
+import hashlib
 import os
 import shutil
 import signal
@@ -146,15 +147,32 @@ class _SignalsNoted:
             signal.signal(number, handler)
 
 
+def for_ranks(
+    environment: Mapping[str, str], *, processes: int, alone: bool, given: Mapping[str, str]
+) -> dict[str, str]:
+    """`environment` and what ranks want in theirs, except what is `given`: a user's own settings stay.
+
+    processes: the ranks of this machine. alone: of this machine only.
+    """
+    # Threads are shared out evenly; more threads than cores make them wait for one another.
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores() // processes))} | KEEP_MEMORY
+    if alone and sys.platform == "linux":
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # every rank is here, whatever the host's name resolves to
+    # What DeepSpeed compiles fits one environment's PyTorch and Python; its own default is one folder for all of them.
+    environments = Path("~/.cache/longtrain/torch_extensions").expanduser()
+    wanted["TORCH_EXTENSIONS_DIR"] = str(environments / hashlib.sha256(sys.prefix.encode()).hexdigest()[:12])
+    return {
+        **environment,
+        **{name: value for name, value in wanted.items() if name not in given},
+        "PYTHONSAFEPATH": "1",  # a folder named `kernels` in the working directory must not be imported
+        "PYTHONUNBUFFERED": "1",  # a killed rank's last words reach its log
+        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves a traceback
+    }
+
+
 def _rank_environment(environment: Mapping[str, str] | None, *, rank: int, processes: int, port: int) -> dict[str, str]:
     variables = dict(os.environ if environment is None else environment)
-    # Threads are shared out evenly; more threads than cores make them wait for one another. A user's own number stays.
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    if sys.platform == "linux":
-        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # every rank is here, whatever the host's name resolves to
-    for name, value in KEEP_MEMORY.items():
-        variables.setdefault(name, value)
-    return variables | {
+    return for_ranks(variables, processes=processes, alone=True, given=variables) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -164,9 +182,6 @@ def _rank_environment(environment: Mapping[str, str] | None, *, rank: int, proce
         # This process serves the store, as torchrun's agent does: ranks are all clients of it.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "PYTHONSAFEPATH": "1",  # a folder named `kernels` in the working directory must not be imported
-        "PYTHONUNBUFFERED": "1",  # a killed rank's last words reach its log
-        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves a traceback
     }
 
 

@@ -33,7 +33,12 @@ torchrun: torchrun --nproc_per_node 8 -m longtrain.train --config-name quickstar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can mend, 1 for other failures."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no second group of key=value, after an option
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides = [*arguments.overrides, *rest]
     try:
         return arguments.command(arguments)
     except UsageError as error:
@@ -53,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"longtrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = commands.add_parser("train", help="train a recipe on this machine", description=_train.__doc__)
+    train = commands.add_parser("train", help="train a recipe", description=_train.__doc__)
     _add_recipe(train)
+    train.add_argument("--print", action="store_true", dest="show", help="show what would run, and start nothing")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="held-out loss of a run", description=_evaluate.__doc__)
@@ -152,23 +158,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    """Check a recipe, start one process per GPU (on CPU: launch.processes), and train."""
-    from longtrain import run_folder
-    from longtrain.config import compose, quoted_override
-    from longtrain.launch.local import processes_for, run_ranks, train_command
-    from longtrain.recipe import degrees
+    """Check a recipe, start one process per GPU (on CPU: launch.processes) by launch.launcher, and train."""
+    from longtrain.config import compose
+    from longtrain.launch import starting
 
     recipe = compose(arguments.recipe, arguments.overrides)
-    processes = processes_for(recipe)
-    degrees(recipe, processes)  # refuses what does not fit these processes before they start
-    overrides = list(arguments.overrides)
-    if recipe.resume is not None:
-        run_dir = run_folder.open_existing(Path(recipe.resume))
-    else:
-        run_dir = run_folder.default_name(recipe.recipe) if recipe.run_dir is None else Path(recipe.run_dir)
-        overrides.append(quoted_override("run_dir", str(run_dir)))
-    command = train_command(["--config-name", arguments.recipe, *overrides])
-    return run_ranks(command, processes=processes, logs=run_dir / "logs")
+    return starting.start(recipe, arguments.recipe, arguments.overrides, show=arguments.show)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

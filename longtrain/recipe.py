@@ -5,6 +5,7 @@ them from YAML and the command line. What cannot work is refused here, in one li
 """
 
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
 from longtrain.trainer import TrainerConfig
 
 ENGINES = ("fsdp",)
+LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,31 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """What a SLURM job asks for."""
+
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None
+    memory: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    setup: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """How `longtrain train` starts its processes."""
 
+    launcher: str = "local"
     processes: int | None = None
     device: str = "auto"
     timeout: float = 600.0
+    nodes: int | None = None
+    hostfile: str | None = None
+    address: str | None = None
+    node_rank: int | None = None
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)
@@ -79,17 +100,15 @@ def check(recipe: Recipe) -> None:
         )
     _one_of("parallel.strategy", recipe.parallel.strategy, STRATEGIES)
     _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
-    _one_of("launch.device", recipe.launch.device, ("auto", "cpu", "cuda"))
+    _check_launch(recipe.launch)
     check_data(recipe.data)
     _at_least("model.width", recipe.model.width, 1)
     _at_least("model.depth", recipe.model.depth, 1)
-    _at_least("launch.timeout", recipe.launch.timeout, 1)
-    _at_most("launch.timeout", recipe.launch.timeout, 1e6)
     _at_least("model.norm_eps", recipe.model.norm_eps, 0)
     _at_most("model.norm_eps", recipe.model.norm_eps, 1)
     _at_most("model.width", recipe.model.width, 2**20)
     _at_least("parallel.rows", recipe.parallel.rows, 1)
-    for key in ("model.mlp_width", "parallel.sequence", "parallel.data", "launch.processes"):
+    for key in ("model.mlp_width", "parallel.sequence", "parallel.data"):
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)
         if value is not None:
@@ -106,6 +125,32 @@ def check(recipe: Recipe) -> None:
         degrees(recipe, recipe.launch.processes)
     elif recipe.parallel.sequence is not None:
         _check_ranks(recipe, recipe.parallel.sequence)
+
+
+def _check_launch(launch: LaunchConfig) -> None:
+    _one_of("launch.launcher", launch.launcher, LAUNCHERS)
+    _one_of("launch.device", launch.device, ("auto", "cpu", "cuda"))
+    _at_least("launch.timeout", launch.timeout, 1)
+    _at_most("launch.timeout", launch.timeout, 1e6)
+    counts = {f"launch.{name}": getattr(launch, name) for name in ("processes", "nodes")}
+    counts |= {f"launch.slurm.{name}": getattr(launch.slurm, name) for name in ("gpus_per_node", "cpus_per_node")}
+    for key, value in counts.items():
+        if value is not None:
+            _at_least(key, value, 1)
+    if launch.node_rank is not None:
+        _at_least("launch.node_rank", launch.node_rank, 0)
+    if launch.address is not None and not re.fullmatch(r"[^\s:]+(:\d{1,5})?|\S+:\d{1,5}", launch.address):
+        raise UsageError(f"launch.address: got {launch.address!r}, expected HOST or HOST:PORT")
+    if launch.launcher == "local" and (launch.hostfile is not None or (launch.nodes or 1) > 1):
+        key = "nodes" if launch.hostfile is None else "hostfile"
+        raise UsageError(
+            f"launch.{key}: got {getattr(launch, key)!r} with launch.launcher=local, which starts this machine's "
+            "processes alone; torchrun, deepspeed or slurm would work"
+        )
+    if launch.launcher == "slurm" and launch.hostfile is not None:
+        raise UsageError(
+            f"launch.hostfile: got {launch.hostfile!r}, but SLURM chooses the hosts; launch.nodes would work"
+        )
 
 
 def _check_layers(recipe: Recipe) -> None:

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from tests.mutated import (
     architectures,
     attention,
+    launchers,
     linear_mixers,
     memory,
     softmax_kernels,
@@ -51,6 +52,7 @@ MUTATIONS = (
     + softmax_kernels.MUTATIONS
     + linear_mixers.MUTATIONS
     + memory.MUTATIONS
+    + launchers.MUTATIONS
 )
 
 

@@ -1,0 +1,29 @@
+"""Mutations of what launchers are told."""
+
+from tests.mutated.mutation import Mutation
+
+TESTS = "tests/launch/test_launchers.py::test_"
+
+MUTATIONS = (
+    Mutation(
+        "deepspeed-counts-devices-itself",
+        "launch/deepspeed.py",
+        ', f"--num_gpus={nodes.per_node}"]',
+        "]",
+        (f"{TESTS}deepspeed_always_gets_a_number_of_devices",),
+    ),
+    Mutation(
+        "slots-against-processes-unseen",
+        "launch/hosts.py",
+        "    if launch.processes not in (None, total):\n",
+        "    if False:\n",
+        (f"{TESTS}refusals",),
+    ),
+    Mutation(
+        "users-threads-overwritten",
+        "launch/local.py",
+        "for name, value in wanted.items() if name not in given}",
+        "for name, value in wanted.items() if name}",
+        (f"{TESTS}torchrun_on_one_node",),
+    ),
+)
