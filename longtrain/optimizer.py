@@ -1,6 +1,7 @@
 """The optimizer and its learning-rate schedule, both from the recipe."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,11 +84,20 @@ class Optimizers:
 
     def step(self, rate_factor: float) -> None:
         """Move the weights, at each optimizer's peak rate times ``rate_factor``; drop gradients."""
+        self.set_rate(rate_factor)
+        for optimizer, _ in self.parts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def set_rate(self, rate_factor: float) -> None:
+        """The next step's rates: each optimizer's peak rate times ``rate_factor``."""
         for optimizer, peak in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate_factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+
+    def as_one(self) -> torch.optim.Optimizer:
+        """One optimizer over all weights, that steps these; it shares their groups and takes over their state."""
+        return self.parts[0][0] if len(self.parts) == 1 else _Joint([optimizer for optimizer, _ in self.parts])
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, ``optimizer.<kind>.<parameter>``, made (zero) where no step was taken yet.
@@ -98,16 +108,42 @@ class Optimizers:
         tensors: dict[str, Tensor] = {}
         for optimizer, _ in self.parts:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                state = optimizer.state[parameter]
-                if not state and isinstance(optimizer, torch.optim.AdamW):
-                    # Fused AdamW keeps its step count on the parameter's device, as a float32 scalar.
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                elif not state and isinstance(optimizer, Muon):
-                    state["momentum"] = torch.zeros_like(parameter)
+                state = state_of(optimizer, parameter)
                 tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in state.items()}
         return tensors
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps for a parameter, by kind; made (zero) where no step was taken yet."""
+    state = optimizer.state[parameter]
+    if not state and isinstance(optimizer, torch.optim.AdamW):
+        # Fused AdamW keeps its step count on the parameter's device, as a float32 scalar.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    elif not state and isinstance(optimizer, Muon):
+        state["momentum"] = torch.zeros_like(parameter)
+    return state
+
+
+class _Joint(torch.optim.Optimizer):
+    """Several optimizers as one, for who takes only one (DeepSpeed): their groups, their state, their steps."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.parts = [(part, part.param_groups) for part in parts]
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for part, groups in self.parts:
+            # DeepSpeed steps one group at a time where it keeps them in host memory, by leaving out the others.
+            part.param_groups = [group for group in groups if any(group is asked for asked in self.param_groups)]
+            part.step()
+            part.param_groups = groups
+        return loss
 
 
 def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:

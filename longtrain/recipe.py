@@ -7,10 +7,19 @@ them from YAML and the command line. What cannot work is refused here, in one li
 import math
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from longtrain.data import DataConfig, check_data
-from longtrain.engines import PRECISIONS, FSDPConfig, check_fsdp, check_replicas
+from longtrain.engines import (
+    PRECISIONS,
+    DeepSpeedConfig,
+    FSDPConfig,
+    Wanted,
+    check_deepspeed,
+    check_fsdp,
+    check_options,
+    check_replicas,
+)
 from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import LayersConfig, named_layers, takes_strategy
 from longtrain.memory import MemoryConfig, check_memory
@@ -21,7 +30,7 @@ from longtrain.parallel.layouts import layout_named
 from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
 from longtrain.trainer import TrainerConfig
 
-ENGINES = ("fsdp",)
+ENGINES = ("fsdp", "deepspeed")
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
 
 
@@ -74,6 +83,7 @@ class Recipe:
     seed: int = 0
     engine: str = "fsdp"
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
@@ -114,7 +124,7 @@ def check(recipe: Recipe) -> None:
         if value is not None:
             _at_least(key, value, 1)
     _check_trainer(recipe.trainer)
-    check_fsdp(recipe.fsdp)
+    _check_engine(recipe)
     check_optimizer(recipe.optimizer, recipe.schedule)
     try:
         layout_named(recipe.parallel.layout)
@@ -175,6 +185,24 @@ def _check_layers(recipe: Recipe) -> None:
             f"{', '.join(sorted(attending))} {'have their' if len(attending) > 1 else 'has its'} own; auto would work, "
             f"or no layers.mixers.{min(attending)}.strategy"
         )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    check_fsdp(recipe.fsdp)
+    check_options(recipe.deepspeed)
+    other = "deepspeed" if recipe.engine == "fsdp" else "fsdp"
+    config = getattr(recipe, other)
+    for option in fields(config):
+        if getattr(config, option.name) != option.default:
+            raise UsageError(
+                f"{other}.{option.name}: got {getattr(config, option.name)!r} with engine={recipe.engine}, which does "
+                f"not read it; engine={other} would"
+            )
+    if recipe.engine == "deepspeed":
+        wanted = Wanted(
+            precision=recipe.trainer.precision, clip=recipe.trainer.clip, accumulation=recipe.trainer.accumulation
+        )
+        check_deepspeed(recipe.deepspeed, wanted)
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from longtrain import checkpoint, plots, run_folder
 from longtrain.config import compose, to_yaml
 from longtrain.data import Sequences, build_data
-from longtrain.engines import PRECISIONS, EngineFactory, FSDPEngine
+from longtrain.engines import PRECISIONS, DeepSpeedEngine, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.metrics import MetricsWriter
-from longtrain.model import Decoder, count_parameters
+from longtrain.model import Decoder
 from longtrain.parallel import build_mesh
 from longtrain.recipe import Recipe, degrees
 from longtrain.screen import Screen
@@ -76,6 +76,8 @@ def joined(recipe: Recipe) -> Iterator[Processes]:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     data, sequence = degrees(recipe, world)
     device = _device(recipe, int(os.environ.get("LOCAL_RANK", "0")))
+    if recipe.engine == "deepspeed":
+        _tell_deepspeed(device)
     timeout = timedelta(seconds=recipe.launch.timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world == 1 and "MASTER_ADDR" not in os.environ:
@@ -148,6 +150,8 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
 
 def engine_of(recipe: Recipe) -> EngineFactory:
     """What makes the recipe's engine."""
+    if recipe.engine == "deepspeed":
+        return partial(DeepSpeedEngine, config=recipe.deepspeed)
     return partial(FSDPEngine, config=recipe.fsdp)
 
 
@@ -188,6 +192,15 @@ def _device(recipe: Recipe, local_rank: int) -> torch.device:
         raise UsageError(f"launch.device: process {local_rank} of this machine has no GPU, there are {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _tell_deepspeed(device: torch.device) -> None:
+    """Set what DeepSpeed reads from the environment, before it is imported."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # Operators that it compiles fit one version of torch only.
+    cache = Path.home() / ".cache" / "longtrain" / f"extensions-torch-{torch.__version__}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
 
 
 def _go_on(recipe: Recipe, trainer: Trainer, run_dir: Path) -> float:
@@ -267,7 +280,7 @@ def _headline(recipe: Recipe, processes: Processes, trainer: Trainer, training: 
     layers = describe_layers(recipe.layers, recipe.model.depth)
     idle_offload = recipe.engine == "fsdp" and recipe.fsdp.cpu_offload and processes.device.type == "cpu"
     return [
-        f"{recipe.recipe}: {count_parameters(trainer.model):,} weights, layers {layers}",
+        f"{recipe.recipe}: {trainer.parameters:,} weights, layers {layers}",
         f"{processes.world} x {processes.device.type}: data {mesh['data'].size()} x sequence {mesh['sequence'].size()}"
         f", T = {recipe.data.length:,}, layout {recipe.parallel.layout}",
         f"training data: {training.describe()}",

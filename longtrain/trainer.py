@@ -111,6 +111,7 @@ class Trainer:
         self.data_group, self.data_rank = mesh.get_group("data"), mesh.get_local_rank("data")
         self.sequence_ranks = sequence_ranks(mesh)
         self.data_degree = mesh["data"].size()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # before they are sharded
         self.engine = engine(
             Setup(
                 model=model,
