@@ -20,7 +20,20 @@ def floating(name: str, x: object, shape: str) -> Tensor:
         raise ValueError(f"{name}: got dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
     if x.ndim != shape.count(",") + 1:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
+    dense(name, x)
     return x
+
+
+def dense(name: str, x: Tensor) -> None:
+    """Refuses sparse and other tensors that are not strided memory."""
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {x.layout}, expected a dense tensor, as x.to_dense() makes it")
+
+
+def true_or_false(name: str, value: object) -> None:
+    """Refuses what is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
 
 
 def sizes(name: str, x: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
@@ -74,6 +87,7 @@ def optional_log_decay(log_decay: Tensor | None, q: Tensor, v: Tensor, *, meanin
     if tuple(log_decay.shape) not in forms:
         expected = " or ".join(str(list(form)) for form in forms)
         raise ValueError(f"log_decay: got shape {tuple(log_decay.shape)}, expected None or {meanings}: {expected}")
+    dense("log_decay", log_decay)
 
 
 def never_positive(name: str, x: Tensor | None) -> None:
@@ -95,6 +109,8 @@ def document_offsets(name: str, cu_seqlens: Tensor | np.ndarray | None, *, token
         return np.array([0, tokens], dtype=np.int64)
     if not isinstance(cu_seqlens, Tensor | np.ndarray):
         raise ValueError(f"{name}: got {type(cu_seqlens).__name__}, expected an int32 or int64 tensor [N+1]")
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "meta":
+        raise ValueError(f"{name}: got device meta, expected boundaries that can be read")
     offsets = cu_seqlens.detach().cpu().numpy() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     if offsets.dtype not in (np.int32, np.int64):
         raise ValueError(f"{name}: got dtype {cu_seqlens.dtype}, expected int32 or int64")

@@ -58,8 +58,7 @@ def gated_delta_rule(
     batch, tokens, heads, value_width = v.shape
     if not torch.compiler.is_compiling():  # then the operator chooses, when it runs
         backend = operators.chosen(backend, q, k, v)
-    if not isinstance(return_state, bool):
-        raise ValueError(f"return_state: got {return_state!r}, expected True or False")
+    checks.true_or_false("return_state", return_state)
     factor = checks.number("scale", scale)
     factor = q.shape[3] ** -0.5 if factor is None else factor
     offsets = checks.operator_offsets(cu_seqlens, tokens=tokens, batch=batch)

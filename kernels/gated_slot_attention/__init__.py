@@ -56,8 +56,7 @@ def gated_slot_attention(
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """
     check_inputs(q, k, v, slot, log_decay)
-    if not isinstance(return_state, bool):
-        raise ValueError(f"return_state: got {return_state!r}, expected True or False")
+    checks.true_or_false("return_state", return_state)
     factor = scale if torch.compiler.is_compiling() else checks.number("scale", scale)  # there it may be a symbol
     factor = q.shape[3] ** -0.5 if factor is None else factor
     batch, tokens = v.shape[:2]

@@ -63,8 +63,9 @@ def linear_attention(
     log-decays above 0 (on a GPU, where the check would wait for the device, only under `longtrain.debug.checks()`).
     """
     check_inputs(q, k, v, log_decay)
-    if not isinstance(return_state, bool):
-        raise ValueError(f"return_state: got {return_state!r}, expected True or False")
+    checks.true_or_false("return_state", return_state)
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: got {backend!r}, expected a name such as 'auto'")
     factor = checks.number("scale", scale)
     factor = q.shape[3] ** -0.5 if factor is None else factor
     batch, tokens, heads, value_width = v.shape

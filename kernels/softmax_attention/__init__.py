@@ -63,6 +63,8 @@ def softmax_attention(
     """
     _check_inputs(q, k, v, sinks)
     chosen = _chosen(backend, str(q.device), widest_dtype(q, k, v), q.shape[3], v.shape[3])
+    checks.true_or_false("causal", causal)
+    checks.true_or_false("return_lse", return_lse)
     window = checks.attention_window(window)
     scale = checks.number("scale", scale)
     scale = float(q.shape[3] ** -0.5) if scale is None else scale

@@ -276,6 +276,8 @@ REFUSED = [
         {"initial_state": torch.randn(1, 4, 8, 5), "cu_seqlens": torch.tensor([0, 2, 6])},
         "initial_state: got shape (1, 4, 8, 5), expected [N, H, K, V] = [2, 4, 8, 5]",
     ),
+    ({"log_decay": -torch.ones(1, 6, 4).to_sparse()}, "log_decay: got layout torch.sparse_coo, expected a dense"),
+    ({"backend": None}, "backend: got None, expected a name"),
     ({"return_state": 1}, "return_state: got 1, expected True or False"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got 0 ... 5, expected boundaries from 0 to 6"),
     ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "cu_seqlens: got descending boundaries"),
