@@ -59,9 +59,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_command(arguments: Sequence[str]) -> list[str]:
+def train_command(arguments: Sequence[str], *, module: str = "longtrain.train") -> list[str]:
     """The command line of one training rank."""
-    return [sys.executable, "-m", "longtrain.train", *arguments]
+    return [sys.executable, "-m", module, *arguments]
 
 
 def run_ranks(

@@ -21,6 +21,7 @@ examples:
   longtrain eval runs/quickstart-20260131-120000  held-out loss of the newest checkpoint
   longtrain generate runs/quickstart-20260131-120000 --prompt "def "
   longtrain bench training quickstart             speed beside a bare PyTorch loop
+  longtrain bench training quickstart --devices 1,2    scaling over devices
   longtrain bench attention                       attention over processes beside one process
   longtrain bench mixers                          linear operators and mixers as sequences grow
   longtrain bench kernels                         one device's kernels beside the best others
@@ -83,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each side (default 3)")
     training.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default 10)")
     training.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
+    training.add_argument("--devices", metavar="NUMBERS", help="instead: scaling over 1,2,4,... devices")
+    training.add_argument("--output", type=Path, metavar="DIR", help="of --devices: write table, plot and JSON there")
     training.set_defaults(command=_bench_training)
 
     attention = kinds.add_parser("attention", help="attention's speed and memory", description=_bench_attention.__doc__)
@@ -191,9 +194,14 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _bench_training(arguments: argparse.Namespace) -> int:
-    """Measure a recipe's training speed beside a bare single-process PyTorch loop of the same model and batch."""
-    from longtrain.launch import benchmark_training
+    """Measure a recipe's training speed beside a bare PyTorch loop of the same model and batch, or over devices."""
+    from longtrain.launch import benchmark_scaling, benchmark_training
 
+    if arguments.devices is not None:
+        given = {name: value for name, value in vars(arguments).items() if name != "command"}
+        return benchmark_scaling.run(benchmark_scaling.options(**given))
+    if arguments.output is not None:
+        raise UsageError(f"--output: got {arguments.output} without --devices, whose results it is for")
     return benchmark_training.run(
         arguments.recipe,
         arguments.overrides,

@@ -147,6 +147,24 @@ def plot_speeds(panels: Sequence[Sequence[Panel]], png_path: Path, *, beside: st
     figure.savefig(png_path)
 
 
+def plot_scaling(curves: Mapping[str, Mapping[int, float]], png_path: Path) -> None:
+    """Draw tokens per second and device over the number of devices: name of a line -> speed by devices."""
+    figure = _figure(height=4.0)
+    axes = figure.subplots()
+    ticks = sorted({count for curve in curves.values() for count in curve})
+    for place, (name, curve) in enumerate(curves.items()):
+        counts = sorted(curve)
+        style = {"marker": _MARKERS[place % len(_MARKERS)], "color": f"C{place % 10}", "linewidth": 1.5}
+        axes.plot(counts, [curve[count] for count in counts], label=name, **style)
+    _dress(axes, title="Training speed by devices", x="devices", y="tokens per second and device")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(png_path)
+
+
 def _figure(*, height: float, width: float = 7.2) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -264,11 +264,11 @@ def _record(result: StepResult, processes: Processes) -> dict[str, Any]:
         "tokens_per_second_per_device": rate / processes.world,
         "learning_rate": result.learning_rate,
         "gradient_norm": result.gradient_norm,
-        "memory_bytes": _peak_memory(processes.device),
+        "memory_bytes": peak_memory(processes.device),
     }
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Most memory this process has held so far, in bytes: of the GPU's, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -298,7 +298,7 @@ def held_out_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _summary(recipe: Recipe, processes: Processes, trainer: Trainer, seconds: float) -> dict[str, Any]:
-    peak = torch.tensor(_peak_memory(processes.device), dtype=torch.int64, device=processes.device)
+    peak = torch.tensor(peak_memory(processes.device), dtype=torch.int64, device=processes.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     tokens = trainer.position * recipe.data.length
     return {

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("longtrain", "kernels", "parallel", "launch")  # the package; the last three are linked into the first
 # The entry points, each a program of its own, may read the environment; whatever they call is told.
 ENTRY_POINTS = {
-    f"longtrain/{name}.py" for name in ("train", "evaluation", "generation", "bare_loop", "cli", "dry_run/__main__")
+    f"longtrain/{name}.py"
+    for name in ("train", "evaluation", "generation", "bare_loop", "bench_training", "cli", "dry_run/__main__")
 }
 
 Rule = Callable[[str, ast.Module], Iterator[str]]

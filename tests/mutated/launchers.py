@@ -26,4 +26,18 @@ MUTATIONS = (
         "for name, value in wanted.items() if name}",
         (f"{TESTS}torchrun_on_one_node",),
     ),
+    Mutation(
+        "scaling-of-other-losses",
+        "launch/benchmark_scaling.py",
+        "                if not off <= allowed:\n",
+        "                if False:\n",
+        ("tests/launch/test_benchmark_scaling.py::test_no_number_where_losses_differ",),
+    ),
+    Mutation(
+        "waits-not-counted",
+        "longtrain/bench_training.py",
+        "waited.seconds += time",
+        "waited.seconds += 0 * time",
+        ("tests/launch/test_benchmark_scaling.py::test_waits_are_counted_where_they_are",),
+    ),
 )

@@ -1,0 +1,141 @@
+"""`longtrain bench training --devices`: lines over devices, the same losses before any number, and files."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longtrain.bench_training import waits
+from longtrain.cli import main
+from longtrain.launch import benchmark_scaling
+from tests.distributed import run_distributed
+
+TINY = ["launch.device=cpu", "data.length=64", "model.width=32", "model.depth=2", "layers.pattern=softmax"]
+BENCH = ["bench", "training", "quickstart", *TINY]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Runs that are not made: a device does 100 tokens/s, less 10 for each other one; the keys of each run."""
+    runs: list[tuple[str, ...]] = []
+
+    def run(chosen: Any, point: benchmark_scaling.Point, threads: int) -> dict[str, Any]:
+        runs.append(point.keys)
+        rate = (100 - 10 * (point.devices - 1)) * point.devices
+        return {
+            "losses": [5.5, 5.0],
+            "seconds": 1.0 + len(runs) / 1e6,
+            "tokens": rate,
+            "memory_bytes": 2**30,
+            "waiting": 0.25,
+        }
+
+    monkeypatch.setattr(benchmark_scaling, "_run", run)
+    return runs
+
+
+def test_lines_over_devices(made_up: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--devices=1,2", "--repeats=2", "--steps=2", "--warm-up=1", f"--output={tmp_path}"]
+    assert main([*BENCH, *options, "trainer.sequences=3"]) == 0
+    first = made_up[: len(made_up) // 2]
+    assert made_up == [*first, *first] and len(set(first)) == len(first)  # in turn, no run twice
+    found = json.loads((tmp_path / "scaling_quickstart.json").read_text())["results"]
+    told = [(one["line"], one["devices"], one["length"], one["sequences"]) for one in found]
+    assert told == [
+        *(("sequence, strong", 1, 64, 3), ("sequence, strong", 2, 64, 3)),
+        *(("sequence, weak", 1, 64, 3), ("sequence, weak", 2, 128, 3)),
+        *(("data, strong", 1, 64, 4), ("data, strong", 2, 64, 4)),  # 3 sequences cannot be shared by two
+        *(("data, weak", 1, 64, 3), ("data, weak", 2, 64, 6)),
+    ]
+    assert all(one["efficiency"] == pytest.approx(1.0 if one["devices"] == 1 else 0.9, rel=1e-3) for one in found)
+    said = capsys.readouterr().out
+    text = (tmp_path / "scaling_quickstart.md").read_text()
+    assert text in said.replace("\n\n\n", "\n\n") or all(line in said for line in text.splitlines())
+    assert (
+        "| data, weak       | 2       | 64  | 6         | 90              | 0.900      | 1.00       | 25 %    |" in text
+    )
+    assert (tmp_path / "scaling_quickstart.png").stat().st_size > 1000
+
+
+def test_no_number_where_losses_differ(
+    made_up: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = benchmark_scaling._run
+
+    def other(chosen: Any, point: benchmark_scaling.Point, threads: int) -> dict[str, Any]:
+        found = run(chosen, point, threads)
+        return found | {"losses": [5.5, 5.02]} if "parallel.data=2" in point.keys else found
+
+    monkeypatch.setattr(benchmark_scaling, "_run", other)
+    assert main([*BENCH, "--devices=1,2"]) == 1
+    said = capsys.readouterr().out
+    assert "data, strong, 2 devices: losses differ by 4.0e-03: no comparison" in said and "efficiency" not in said
+
+
+def test_a_line_that_the_recipe_refuses_says_why(
+    made_up: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ulysses = ["parallel.strategy=ulysses", "layers.mixers={softmax: {heads: 2}}"]  # for at most two ranks
+    assert main([*BENCH, *ulysses, "--devices=1,4", "--repeats=1"]) == 0
+    said = capsys.readouterr().out
+    assert "Not measured, sequence, strong: parallel.strategy" in said and "| data, weak " in said
+    assert "| sequence, strong" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--devices=1,x"], ("--devices: got '1,x'", "1,2,4")),
+        (["--devices=2,2"], ("--devices: got '2,2'",)),
+        (["--devices=0"], ("--devices: got '0'",)),
+        (["--devices=1", "--steps=0"], ("--steps: got 0", "1 or more")),
+        (["--devices=1", "--output=nowhere"], ("--output: got nowhere", "docs/benchmarks")),
+        (["--output=."], ("--output", "--devices")),
+    ],
+)
+def test_refusals(options: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCH, *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(part in said for part in parts), said
+
+
+def _late(rank: int, world: int) -> tuple[float, int]:
+    x = torch.ones(1)
+    dist.barrier()
+    with waits() as waited:
+        if rank == 1:
+            time.sleep(0.5)
+        dist.all_reduce(x)
+    dist.all_reduce(x)  # no longer counted
+    return waited.seconds, waited.messages
+
+
+def test_waits_are_counted_where_they_are() -> None:
+    early, late = run_distributed(2, _late)
+    assert early[1] == late[1] == 1
+    assert early[0] > 0.3 and late[0] < early[0]
+
+
+def test_measures_a_real_run(tmp_path: Path) -> None:
+    chosen = benchmark_scaling.options("quickstart", TINY, devices="2", repeats=1, steps=2, warm_up=1, output=tmp_path)
+    keys = ("launch.processes=2", "parallel.sequence=2", "trainer.steps=3")
+    found = benchmark_scaling._run(chosen, benchmark_scaling.Point("sequence, strong", 2, keys), 1)
+    assert len(found["losses"]) == 3 and found["tokens"] == 2 * 64 and found["seconds"] > 0
+    assert found["memory_bytes"] > 2**27 and 0 < found["waiting"] < 1
+
+
+@pytest.mark.full
+def test_measures_a_real_recipe(tmp_path: Path) -> None:
+    options = ["--devices=1,2", "--repeats=1", "--steps=2", "--warm-up=1", f"--output={tmp_path}"]
+    assert main([*BENCH, *options]) == 0
+    found = json.loads((tmp_path / "scaling_quickstart.json").read_text())["results"]
+    assert [(one["line"], one["devices"]) for one in found] == [
+        (line, devices) for line in benchmark_scaling.LINES for devices in (1, 2)
+    ]
+    for one in found:
+        assert one["tokens_per_second_per_device"] > 0 and one["memory_bytes"] > 2**27
+        assert 0 <= one["waiting"] < 1 and (one["devices"] == 1 or one["waiting"] > 0)
