@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from tests.mutated import (
     architectures,
     attention,
+    engines,
     launchers,
     linear_mixers,
     memory,
@@ -51,6 +52,7 @@ MUTATIONS = (
     + triton_kernels.MUTATIONS
     + softmax_kernels.MUTATIONS
     + linear_mixers.MUTATIONS
+    + engines.MUTATIONS
     + memory.MUTATIONS
     + launchers.MUTATIONS
 )

@@ -37,6 +37,7 @@ class GivenSequences:
     """Hand-made sequences in the place of packed text."""
 
     fingerprint = "given"
+    groups: tuple[int, ...] = ()
 
     def __init__(self, masks: str = "uneven") -> None:
         self.length = LENGTH
@@ -49,6 +50,9 @@ class GivenSequences:
 
     def __len__(self) -> int:
         return len(self.made)
+
+    def group(self, index: int) -> int:
+        return 0
 
     def sequence(self, index: int) -> PackedSequence:
         return self.made[index % len(self.made)]

@@ -16,7 +16,7 @@ from longtrain.errors import UsageError
 from longtrain.optimizer import OptimizerConfig
 from longtrain.trainer import TrainerConfig
 from tests.distributed import run_command, run_distributed
-from tests.engines.cases import trainer_of, weights_of
+from tests.engines.cases import small_model, trainer_of, weights_of
 from tests.test_refusals import LONGTRAIN, SMALL
 
 STEPS = 4
@@ -84,13 +84,23 @@ def test_steps_are_those_of_fsdp(engine: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
-def test_bfloat16_starts_from_the_same_float32_weights(engine: str) -> None:
+def test_bfloat16_follows_fsdp(engine: str) -> None:
     wanted = run_distributed(2, trajectory, "fsdp", "adamw", "bfloat16", None, None)[0]
     for found in run_distributed(2, trajectory, engine, "adamw", "bfloat16", None, None):
-        # Each product is rounded to 2^-9; a start from rounded weights would show in every weight.
-        assert_same(found, wanted, close=2**-7)
-        far = max(float((found[2][name] - weight).abs().max()) for name, weight in wanted[2].items())
-        assert far < 0.02, far
+        assert_same(found, wanted, close=2**-7)  # each product is rounded to 2^-9
+
+
+def first_weights(rank: int, world: int, engine: str) -> bool:
+    config = TrainerConfig(steps=1, sequences=2, precision="bfloat16")
+    trainer = trainer_of(world, engine, config=config)
+    trainer.evaluate(trainer.data, 1)  # gathers weights
+    exact, found = dict(small_model().named_parameters()), weights_of(trainer)
+    return found.keys() == exact.keys() and all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+def test_weights_are_kept_unrounded_in_float32(engine: str) -> None:
+    assert run_distributed(2, first_weights, engine) == [True, True]
 
 
 @pytest.mark.parametrize(
