@@ -43,7 +43,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     data, _ = build_data(recipe.data, seed=recipe.seed)
     torch.manual_seed(recipe.seed)
     with device:
-        model = Decoder(recipe.model, recipe.layers, vocabulary=data.vocabulary, memory=recipe.memory)
+        model = Decoder(
+            recipe.model, recipe.layers, vocabulary=recipe.model.vocabulary or data.vocabulary, memory=recipe.memory
+        )
     optimizers = Optimizers(recipe.optimizer, model)
     losses, seconds = [], []
     for step in range(1, recipe.trainer.steps + 1):

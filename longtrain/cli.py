@@ -20,6 +20,7 @@ examples:
   longtrain train quickstart resume=runs/quickstart-20260131-120000
   longtrain eval runs/quickstart-20260131-120000  held-out loss of the newest checkpoint
   longtrain generate runs/quickstart-20260131-120000 --prompt "def "
+  longtrain plan llama_8b_1m --devices 8xh200     memory and time of a recipe before it is launched
   longtrain bench training quickstart             speed beside a bare PyTorch loop
   longtrain bench training quickstart --devices 1,2    scaling over devices
   longtrain bench attention                       attention over processes beside one process
@@ -76,6 +77,18 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
     generate.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     generate.set_defaults(command=_generate)
+
+    plan = commands.add_parser("plan", help="memory and time before a launch", description=_plan.__doc__)
+    _add_recipe(plan)
+    plan.add_argument(
+        "--devices", required=True, metavar="NxNAME", help="8xh200, say; a100, h100, h200, b200, mi300x, cpu"
+    )
+    plan.add_argument("--longest", action="store_true", help="instead: the longest data.length that fits")
+    plan.add_argument(
+        "--search", action="store_true", help="instead: the fastest degrees, layout and recompute that fit"
+    )
+    plan.add_argument("--dry-run", action="store_true", help="also run one step without devices, and count its memory")
+    plan.set_defaults(command=_plan)
 
     bench = commands.add_parser("bench", help="measure", description="Benchmarks on this machine.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
@@ -191,6 +204,20 @@ def _generate(arguments: argparse.Namespace) -> int:
         if value is not None:
             command.append(f"--{name}={value}")  # one word, so that a prompt may start with a dash
     return generation.main(command)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Say what a recipe would hold on each of some devices, how long a step should take, and what to change."""
+    from longtrain.launch import plan
+
+    return plan.run(
+        arguments.recipe,
+        arguments.overrides,
+        devices=arguments.devices,
+        want_longest=arguments.longest,
+        want_search=arguments.search,
+        dry=arguments.dry_run,
+    )
 
 
 def _bench_training(arguments: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def load_model(run_dir: Path) -> tuple[Decoder, int]:
     folder = checkpoint.latest(run_dir)
     if folder is None:
         raise UsageError(f"run: {run_dir} has no checkpoint yet")
-    model = Decoder(recipe.model, recipe.layers, vocabulary=VOCABULARY)
+    model = Decoder(recipe.model, recipe.layers, vocabulary=recipe.model.vocabulary or VOCABULARY)
     weights = checkpoint.read_tensors(folder, prefix="model.")
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if recipe.model.tie_embedding:
@@ -129,7 +129,7 @@ def generate(
     reader = Reader(model, context=context)
     unread = torch.as_tensor(prompt, dtype=torch.int64)
     for _ in range(tokens):
-        logits = reader.read(unread)
+        logits = reader.read(unread)[:VOCABULARY]  # rows beyond stand for no token
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -24,6 +24,7 @@ class ModelConfig:
     mlp_width: int | None = None
     tie_embedding: bool = True
     norm_eps: float = 1e-6
+    vocabulary: int | None = None
 
     @property
     def hidden(self) -> int:

@@ -9,7 +9,7 @@ import re
 import typing
 from dataclasses import dataclass, field, fields
 
-from longtrain.data import DataConfig, check_data
+from longtrain.data import DataConfig, check_data, vocabulary_of
 from longtrain.engines import (
     PRECISIONS,
     DeepSpeedConfig,
@@ -112,6 +112,7 @@ def check(recipe: Recipe) -> None:
     _one_of("trainer.precision", recipe.trainer.precision, tuple(PRECISIONS))
     _check_launch(recipe.launch)
     check_data(recipe.data)
+    _check_vocabulary(recipe)
     _at_least("model.width", recipe.model.width, 1)
     _at_least("model.depth", recipe.model.depth, 1)
     _at_least("model.norm_eps", recipe.model.norm_eps, 0)
@@ -160,6 +161,23 @@ def _check_launch(launch: LaunchConfig) -> None:
     if launch.launcher == "slurm" and launch.hostfile is not None:
         raise UsageError(
             f"launch.hostfile: got {launch.hostfile!r}, but SLURM chooses the hosts; launch.nodes would work"
+        )
+
+
+def model_vocabulary(recipe: Recipe) -> int:
+    """Number of token ids of the recipe's model: its own, or that of its data."""
+    return vocabulary_of(recipe.data) if recipe.model.vocabulary is None else recipe.model.vocabulary
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    own = recipe.model.vocabulary
+    if own is None:
+        return
+    _at_most("model.vocabulary", own, 2**24)
+    needed = vocabulary_of(recipe.data)
+    if own < needed:
+        raise UsageError(
+            f"model.vocabulary: got {own}, the data has {needed} token ids; expected {needed} or more, or null"
         )
 
 

@@ -131,7 +131,7 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
         model = Decoder(
             recipe.model,
             with_strategy(recipe.layers, recipe.parallel.strategy),
-            vocabulary=training.vocabulary,
+            vocabulary=recipe.model.vocabulary or training.vocabulary,
             memory=recipe.memory,
         )
     return Trainer(

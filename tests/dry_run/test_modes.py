@@ -10,7 +10,7 @@ from torch import Tensor
 from longtrain.dry_run import TERMS
 from longtrain.dry_run.modes import Fakes, Program
 from longtrain.dry_run.tracker import Term, Tracker
-from longtrain.kernels import linear_cross_entropy, softmax_attention
+from longtrain.kernels import causal_conv1d, linear_cross_entropy, softmax_attention
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -50,6 +50,15 @@ def test_fake_numbers_are_fine_and_host_data_is_real():
             positions = torch.arange(5) * 2
             assert type(positions) is Tensor and positions.tolist() == [0, 2, 4, 6, 8]
         assert x.index_select(0, positions[:2]).shape == (2, 4)  # both kinds at once
+
+
+def test_host_data_stays_real_inside_registered_operators():
+    """Boundaries of documents, for one, which operators look at."""
+    with dry() as (_, program):
+        with program.preparing():
+            boundaries = torch.tensor([0, 5, 12])
+        x, weight = torch.randn(1, 12, 8), torch.randn(8, 4)
+        assert causal_conv1d(x, weight, cu_seqlens=boundaries).shape == x.shape
 
 
 def test_bodies_of_registered_operators_are_seen():

@@ -1,0 +1,146 @@
+"""What a step computes and sends: FLOPs with causality and documents counted exactly, bytes over each kind of link."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longtrain.layers.pattern import Layer, named_layers, with_strategy
+from longtrain.parallel import SequenceShard
+from longtrain.parallel.attention.choice import possible
+from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
+from longtrain.planning.devices import Devices
+from longtrain.recipe import Recipe, degrees, model_vocabulary
+
+LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A recipe on so many devices: sizes that terms and times are made of."""
+
+    recipe: Recipe
+    devices: Devices
+    cu_seqlens: np.ndarray  # of a micro-batch
+
+    @cached_property
+    def degrees(self) -> tuple[int, int]:
+        """(data, sequence)."""
+        return degrees(self.recipe, self.devices.count)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        recipe = self.recipe
+        layers = with_strategy(recipe.layers, recipe.parallel.strategy)
+        return named_layers(layers, width=recipe.model.width, depth=recipe.model.depth)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return model_vocabulary(self.recipe)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.recipe.trainer.precision == "bfloat16" else 4
+
+    @property
+    def packed(self) -> int:
+        """Tokens of a micro-batch, over the ranks that share it."""
+        return int(self.cu_seqlens[-1])
+
+    @cached_property
+    def shard(self) -> SequenceShard:
+        parallel, sequence = self.recipe.parallel, self.degrees[1]
+        return SequenceShard.pretend(
+            self.packed,
+            rank=0,
+            world=sequence,
+            layout=parallel.layout,
+            cu_seqlens=self.cu_seqlens,
+            rows=parallel.rows,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on the rank that holds most."""
+        return max(self.shard.lengths)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def block_weights(self) -> list[int]:
+        """Of each block: mixer, SwiGLU and the two norms."""
+        model = self.recipe.model
+        rest = 3 * model.width * model.hidden + 2 * model.width
+        return [layer.mixer.count_parameters(layer.options, layer.place) + rest for layer in self.layers]
+
+    @property
+    def outer_weights(self) -> int:
+        """Embedding, head and the last norm."""
+        model = self.recipe.model
+        return self.vocabulary * model.width * (1 if model.tie_embedding else 2) + model.width
+
+    @property
+    def weights(self) -> int:
+        return sum(self.block_weights) + self.outer_weights
+
+    # ---- FLOPs, of forward, for one token on average -----------------------------------------------------------------
+
+    @cached_property
+    def mixing(self) -> list[float]:
+        """Of each layer, where tokens meet."""
+        return [layer.mixer.mixing_flops(layer.options, layer.place, self.cu_seqlens) for layer in self.layers]
+
+    @cached_property
+    def projections(self) -> list[float]:
+        """Of each layer, where a weight meets every token."""
+        mlp = 6.0 * self.recipe.model.width * self.recipe.model.hidden
+        alike = [layer.mixer.flops_per_token(layer.options, layer.place, self.cu_seqlens) for layer in self.layers]
+        return [flops - mixing + mlp for flops, mixing in zip(alike, self.mixing, strict=True)]
+
+    @property
+    def head(self) -> float:
+        return 2.0 * self.recipe.model.width * self.vocabulary
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a step, over all devices."""
+        return self.recipe.trainer.sequences * self.recipe.data.length
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step over all devices, three times forward: what is computed again does not count."""
+        return 3.0 * self.step_tokens * (sum(self.mixing) + sum(self.projections) + self.head)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        device, cpu = self.devices.device, self.devices.device.architecture is None
+        peak = device.bfloat16 if self.size == 2 else device.float32
+        one_row = self.recipe.parallel.rows == 1
+        # Over several nodes a ring of one row waits for its slowest link.
+        inner = device.outer if one_row and self.degrees[1] > device.node else device.inner
+        return Hardware(peak * device.attention, inner, device.outer, 3e-4 if cpu else LATENCY)
+
+    def attention(self, layer: Layer) -> Estimate | None:
+        """What attention of a layer costs on the slowest rank, forward and backward; None for other mixers."""
+        options = layer.options
+        if layer.mixer.name not in ("softmax", "sliding_window"):
+            return None
+        width = options.key_width(layer.place.width)
+        sizes = Heads(1, options.heads, options.groups, width, width, self.size)
+        window = None if options.window is None else (options.window, 0)
+        found = estimates(self.shard, self.shard, sizes, causal=True, window=window, hardware=self.hardware)
+        named = possible(found, options.strategy, None, ranks=self.shard.world)
+        return min(named or found, key=lambda row: row.seconds)
+
+
+def documents(recipe: Recipe, devices: Devices) -> np.ndarray:
+    """Boundaries of a micro-batch that is planned with: each sequence one document, the most work that can come.
+
+    How real text is packed is known only from the text; shorter documents need less time and no more memory.
+    """
+    data, _ = degrees(recipe, devices.count)
+    each = max(1, recipe.trainer.sequences // (data * recipe.trainer.accumulation))
+    return np.arange(each + 1, dtype=np.int64) * recipe.data.length

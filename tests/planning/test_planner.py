@@ -1,0 +1,130 @@
+"""Plans: counts that can be worked out by hand, what fits, what would make it fit, and what is refused."""
+
+import numpy as np
+import pytest
+
+from longtrain.config import compose
+from longtrain.errors import UsageError
+from longtrain.planning import devices_named, longest, plan, search
+from longtrain.planning.planner import best_change, that_fit
+
+GIB = 2**30
+# Weights of a block: q and out, k and v, gate and up and down, two norms; then embedding, head and the last norm.
+LLAMA_8B = 32 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 2 * 4096) + (2 * 128256 + 1) * 4096
+# Recipes of real sizes, and what they are for.
+SIZED = {
+    "llama_8b_128k": "8xh200",
+    "llama_8b_1m": "8xh200",
+    "llama_8b_15m": "32xh100",
+    "hybrid_1b_1m": "1xh200",
+    "hybrid_1b_4m": "8xh200",
+    "llama_70b_512k": "64xh200",
+}
+
+
+def test_devices_are_known_by_number_and_name():
+    devices = devices_named("8xH200")
+    assert (devices.count, devices.device.name, devices.nodes) == (8, "h200", 1)
+    assert devices.device.memory > 130 * GIB and devices.device.architecture == "sm_90"
+    assert devices_named("h100").count == 1 and devices_named("64 x b200").nodes == 8
+    two = devices_named("2xcpu")
+    assert two.device.architecture is None and two.device.memory * 2 == two.device.host_memory > GIB
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("8xh20", r"--devices: no 'h20' \(nearest: 'h200'\); there are a100, h100, h200, b200, mi300x, cpu"),
+        ("0xh100", "--devices: got 0 devices, expected 1 to"),
+        ("h100x8!", "--devices: got 'h100x8!', expected a number and a name such as 8xh200"),
+    ],
+)
+def test_devices_that_do_not_exist_are_refused(given: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        devices_named(given)
+
+
+def test_weights_and_work_are_counted():
+    planned = plan("llama_8b_128k", [], devices_named("8xh200"))
+    shape, length = planned.shape, 131072
+    assert shape.weights == LLAMA_8B
+    assert shape.degrees == (1, 8) and shape.tokens == length // 8
+    # Forward: twice every matrix of the blocks and the head, and 4 H K for each pair of a query and a key it sees.
+    matrices = LLAMA_8B - (128256 + 65) * 4096
+    pairs = length * (length + 1) // 2
+    assert shape.model_flops == pytest.approx(3 * (2 * length * matrices + 32 * 4 * 4096 * pairs), rel=1e-9)
+    assert planned.memory.terms["weights"] == 4 * LLAMA_8B / 8
+    assert planned.memory.terms["optimizer"] == 8 * LLAMA_8B / 8
+    assert 0 < planned.utilization < 1 and planned.tokens_per_second > 0
+
+
+def test_more_sequences_are_documents_of_their_own():
+    one = plan("llama_8b_128k", [], devices_named("8xh200")).shape
+    two = plan("llama_8b_128k", ["trainer.sequences=2"], devices_named("8xh200")).shape
+    assert two.cu_seqlens.tolist() == [0, 131072, 262144]
+    assert two.model_flops == pytest.approx(2 * one.model_flops)  # none sees the other
+    apart = plan("llama_8b_128k", ["trainer.sequences=2", "parallel.data=2"], devices_named("8xh200")).shape
+    assert apart.degrees == (2, 4) and np.diff(apart.cu_seqlens).tolist() == [131072]
+
+
+def total(name: str, *overrides: str, devices: str = "8xh200") -> float:
+    return plan(name, list(overrides), devices_named(devices)).memory.total
+
+
+def test_policies_and_devices_move_memory_as_they_should():
+    full, attention, none = (total("llama_8b_1m", f"memory.recompute={p}") for p in ("full", "attention", "none"))
+    assert full < attention < none
+    kept = 31 * 131072 * (4096 * 2 + 32 * 4)  # out and lse of all layers but the one that runs anyway
+    assert attention - full == pytest.approx(kept)
+    assert total("llama_8b_1m", devices="16xh200") < attention < total("llama_8b_1m", devices="4xh200")
+    shared, copied = (total("llama_8b_128k", f"fsdp.replicas={n}") for n in (1, 2))
+    assert copied - shared == pytest.approx(12 * LLAMA_8B / 8, rel=0.5) and copied > shared
+    offloaded = plan("llama_8b_128k", ["fsdp.cpu_offload=true"], devices_named("8xh200")).memory
+    assert offloaded.terms["weights"] == offloaded.terms["optimizer"] == 0 and offloaded.host == 16 * LLAMA_8B / 8
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_recipes_of_real_sizes_are_planned(name: str):
+    planned = plan(name, [], devices_named(SIZED[name]))
+    assert planned.needed > 0 and planned.times.step > 0
+    assert compose(name).model.vocabulary == 128256
+    # Without anything offloaded or tiled the longest two do not fit, and are told so.
+    assert planned.fits == (name not in ("llama_8b_15m", "hybrid_1b_1m")), f"{planned.needed / GIB:.1f} GiB"
+
+
+def test_what_would_make_a_plan_fit_is_said_fastest_first():
+    overrides = ["memory.recompute=none", "data.length=262144"]
+    devices = devices_named("8xh200")
+    planned = plan("llama_8b_128k", overrides, devices)
+    assert not planned.fits and planned.over > 0
+    found = that_fit("llama_8b_128k", overrides, devices)
+    assert 0 < len(found) <= 3 and all(change.plan.fits for change in found)
+    speeds = [change.plan.tokens_per_second for change in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert any(change.overrides == ("memory.recompute=attention",) for change in found)
+
+
+def test_the_change_that_helps_most_is_faster_and_fits():
+    devices = devices_named("8xh200")
+    change = best_change("llama_8b_128k", ["memory.recompute=full"], devices)
+    assert change is not None and change.plan.fits
+    assert change.plan.tokens_per_second > plan("llama_8b_128k", ["memory.recompute=full"], devices).tokens_per_second
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not():
+    devices = devices_named("8xh200")
+    found = longest("llama_8b_1m", [], devices)
+    assert found is not None and found.fits
+    length = found.recipe.data.length
+    assert not plan("llama_8b_1m", [f"data.length={int(length * 1.04)}"], devices).fits
+    assert longest("llama_70b_512k", ["parallel.rows=1"], devices_named("1xa100")) is None
+
+
+def test_the_search_proposes_what_fits_fastest_first():
+    found = search("llama_8b_128k", ["trainer.sequences=2"], devices_named("4xh200"))
+    assert found and all(change.plan.fits for change in found)
+    speeds = [change.plan.tokens_per_second for change in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len({change.overrides for change in found}) == len(found)
+    with pytest.raises(UsageError, match="memory.recompute"):
+        plan("llama_8b_128k", ["memory.recompute=fill"], devices_named("h200"))
