@@ -190,16 +190,7 @@ class StatefulMixer(RecurrentMixer):
 
     @classmethod
     def check_ranks(cls, config: Any, *, strategy: str, ranks: int, rows: int) -> None:
-        if config.strategy == "ulysses" and rows > 1:
-            raise ValueError(
-                f"strategy: got 'ulysses' with parallel.rows = {rows}, expected 1; 'allgather', 'alltoall' and 'chain' "
-                "work with any rows"
-            )
-        if config.strategy == "ulysses" and config.heads % ranks:
-            raise ValueError(
-                f"strategy: got 'ulysses' with {config.heads} heads over {ranks} ranks, which do not divide them; "
-                "'allgather', 'alltoall' and 'chain' work with any heads"
-            )
+        check_scan_ranks(config.strategy, heads=config.heads, ranks=ranks, rows=rows)
 
     @abstractmethod
     def scan(self, x: Tensor, shard: SequenceShard, state: Any) -> tuple[Tensor, Any]:
@@ -271,3 +262,17 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
 def check_scan_strategy(strategy: str) -> None:
     """Refuse, with a ValueError, what is no way for states to cross ranks."""
     check_choice("strategy", strategy, STRATEGIES)
+
+
+def check_scan_ranks(strategy: str, *, heads: int, ranks: int, rows: int) -> None:
+    """Refuse, with a ValueError, a way for states to cross ranks that so many, in rows, do not have."""
+    if strategy == "ulysses" and rows > 1:
+        raise ValueError(
+            f"strategy: got 'ulysses' with parallel.rows = {rows}, expected 1; 'allgather', 'alltoall' and 'chain' "
+            "work with any rows"
+        )
+    if strategy == "ulysses" and heads % ranks:
+        raise ValueError(
+            f"strategy: got 'ulysses' with {heads} heads over {ranks} ranks, which do not divide them; "
+            "'allgather', 'alltoall' and 'chain' work with any heads"
+        )
