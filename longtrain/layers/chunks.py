@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtrain.parallel import SequenceShard
+from longtrain.parallel import SequenceShard, sequence_parallel_conv1d
 from longtrain.parallel.layouts import Cuts
 from longtrain.parallel.moves import HostIndex
 
@@ -68,6 +68,15 @@ class Chunks:
     def tokens(self, x: Tensor) -> Tensor:
         """``[B, N_w, L, ...]`` -> ``[B, T_w, ...]``, what `grid` came from."""
         return x.flatten(1, 2).index_select(1, self.places.on(x.device))
+
+    def before(self, x: Tensor) -> Tensor:
+        """``[B, N_w, ...]`` -> alike: what x has for the chunk before each, zeros ahead of a document's first.
+
+        Over ranks one chunk travels, as the halo of a convolution along the chunks whose taps are 1 and 0.
+        """
+        flat = x.flatten(2)
+        taps = flat.new_tensor([1.0, 0.0]).expand(flat.shape[2], 2).contiguous()
+        return sequence_parallel_conv1d(flat, taps, None, self.chunks).view_as(x)
 
 
 def chunks_of(shard: SequenceShard, length: int) -> Chunks:

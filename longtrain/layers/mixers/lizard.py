@@ -129,8 +129,9 @@ class LizardMixer(RecurrentMixer):
 
     def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
         q, k, v = self._project(x)
-        turned = (self._turned(z, positions(shard, x.device, None)) for z in (q, k))
-        near, lse = sequence_parallel_attention(*turned, v, shard, window=(self.window, 0))
+        where = positions(shard, x.device, None)
+        turned, keys = self._turned(q, where), self._turned(k, where)
+        near, lse = sequence_parallel_attention(turned, keys, v, shard, window=(self.window, 0))
         far, _ = self._far(x, q, k, v, shard, None)
         return self._close(self._with_memory(q, near, lse), far)
 
