@@ -21,6 +21,9 @@ class Chunks:
 
     home: where every rank holds whole chunks, a shard of the same tokens. chunks: the sequence of chunks, with the
     same documents. finished: the sequence of those chunks that their document goes on after.
+
+    Host data, int64 [N_w]: numbers, of each local chunk in its document; first_finished, where in the sequence of
+    finished chunks its document's first one lies. local_finished: which local chunks are finished.
     """
 
     def __init__(self, shard: SequenceShard, length: int) -> None:
@@ -56,6 +59,7 @@ class Chunks:
         cells = starts[:, None] + np.arange(self.length) - tokens[rank]
         empty = cells >= (stops - tokens[rank])[:, None]
         self.numbers = HostIndex(inside)
+        self.first_finished = HostIndex(self._first_finished[document])
         self.cells = HostIndex(np.where(empty, self.home.local_length, cells).reshape(-1))
         self.places = HostIndex(np.flatnonzero(~empty.reshape(-1)))
         self.local_finished = HostIndex(np.flatnonzero(numbers + 1 < self._first[document + 1]))

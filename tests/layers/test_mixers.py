@@ -123,7 +123,8 @@ def test_nothing_comes_from_later_tokens(name: str, number: int) -> None:
     changed[:, 20:] = noise[:, 20:]
     shard = SequenceShard(length=LENGTH)
     before, after = mixer(x, shard), mixer(changed, shard)
-    assert torch.equal(before[:, :20], after[:, :20])
+    # Not to the bit: how many tokens pick a block changes the shapes of products, and so their rounding.
+    assert relative(after[:, :20], before[:, :20]) < 1e-14
     assert not torch.isclose(before[:, 20:], after[:, 20:]).all()
 
 

@@ -10,7 +10,10 @@ def loop(world: int, name: str, number: int = 0) -> str:
     return f"{MIXERS}test_is_the_papers_loop_on_any_number_of_ranks[{world}-{name}-{number}]"
 
 
-CHUNKS, RAT = "longtrain/layers/chunks.py", "longtrain/layers/mixers/rat.py"
+LAYERS = "longtrain/layers/"
+CHUNKS, RAT, LIZARD = f"{LAYERS}chunks.py", f"{LAYERS}mixers/rat.py", f"{LAYERS}mixers/lizard.py"
+AVERAGE, CONVOLUTION, MOBA = f"{LAYERS}moving_average.py", f"{LAYERS}long_convolution.py", f"{LAYERS}mixers/moba.py"
+UNIT, PICKING = f"{LAYERS}gated_unit.py", "parallel/picking.py"
 GRID = "tests/layers/test_chunks.py::test_every_rank_holds_whole_chunks"
 
 MUTATIONS = (
@@ -37,5 +40,57 @@ MUTATIONS = (
         "keep = torch.cat((keep, keep), -1)",
         "keep = torch.cat((keep * 0, keep), -1)",
         (loop(1, "rat"),),
+    ),
+    Mutation(
+        "lizard-memory-tokens-left-out",
+        LIZARD,
+        "torch.sigmoid(weight - lse)",
+        "torch.sigmoid(weight - lse - 9)",
+        (loop(1, "lizard"),),
+    ),
+    Mutation("lizard-far-past-not-normalised", LIZARD, " / o[..., -1:]", "", (loop(1, "lizard"),)),
+    Mutation(
+        "lizard-memory-keys-turned",
+        LIZARD,
+        "self._close(self._with_memory(q, near, lse), far)\n\n    def _project",
+        "self._close(self._with_memory(turned, near, lse), far)\n\n    def _project",
+        (loop(1, "lizard"),),
+    ),
+    Mutation(
+        "averages-of-other-chunks-forgotten",
+        AVERAGE,
+        "rates.carried(before, chunks.length))",
+        "0 * rates.carried(before, chunks.length))",
+        (loop(1, "mega"),),
+    ),
+    Mutation(
+        "averages-lose-a-power", AVERAGE, "self.powers(1, length + 1)", "self.powers(0, length)", (loop(1, "mega"),)
+    ),
+    Mutation("averages-not-damped", AVERAGE, " * torch.sigmoid(delta))", ")", (loop(1, "mega"),)),
+    Mutation("gated-unit-keeps-its-input", UNIT, "(candidate - x)", "candidate", (loop(1, "mega"), loop(1, "chela"))),
+    Mutation(
+        "long-filter-stops-at-its-chunk",
+        CONVOLUTION,
+        "self._sums(grid, chunks.before(grid))",
+        "self._sums(grid, 0 * grid)",
+        (loop(1, "chela"),),
+    ),
+    Mutation("long-filter-does-not-weaken", CONVOLUTION, " * 2.0**-scale", "", (loop(1, "chela"),)),
+    Mutation(
+        "moba-picks-later-blocks", MOBA, "(number >= high)", "(number > high)", (loop(1, "moba"), loop(2, "moba"))
+    ),
+    Mutation(
+        "moba-parts-not-weighed",
+        MOBA,
+        "share = (lse - total[query]).exp()",
+        "share = (lse * 0).exp()",
+        (loop(1, "moba"),),
+    ),
+    Mutation(
+        "fetched-gradients-not-summed",
+        PICKING,
+        "total[sends[part]] += back[part]",
+        "total[sends[part]] = back[part].to(total.dtype)",
+        (loop(2, "moba"), loop(3, "moba")),
     ),
 )

@@ -10,7 +10,7 @@ from tests.layers.references.softmax import turned
 
 CASES = [
     {"chunk": 8, "rates": 3},
-    {"chunk": 5, "rates": 2, "query_width": 6, "value_width": 40, "rope_base": 100.0},
+    {"chunk": 16, "rates": 2, "query_width": 6, "value_width": 256, "rope_base": 100.0},
 ]
 
 
