@@ -6,7 +6,8 @@
 Functions and shards only; the modules are in `longtrain.layers`.
 """
 
-from longtrain.parallel import relayouts as relayouts  # registers operators that shards call
+from longtrain.parallel import picking as picking  # registers operators, as does
+from longtrain.parallel import relayouts as relayouts  # what shards call
 from longtrain.parallel.attention import sequence_parallel_attention
 from longtrain.parallel.attention.cost import Hardware, explain_attention
 from longtrain.parallel.balanced import Balanced

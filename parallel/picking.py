@@ -36,19 +36,9 @@ def plan_picks(needed: Tensor, sizes: Sequence[int], shard: SequenceShard) -> Pi
     needed: bool ``[n]``, which rows of the whole this rank needs. sizes: rows that each rank holds of them, rank by
     rank, n in all.
     """
-    wanted = all_gather_stacked(needed.to(torch.uint8), shard.group).wait().cpu().numpy().astype(bool)  # [W, n]
-    bounds = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
-    first, stop = bounds[shard.rank], bounds[shard.rank + 1]
-    sends = [np.flatnonzero(rows[first:stop]) for rows in wanted]
-    picked = np.flatnonzero(wanted[shard.rank])
-    received = np.diff(np.searchsorted(picked, bounds))
-    device = needed.device
-    return Picks(
-        sends=torch.from_numpy(np.concatenate(sends)).to(device),
-        send_sizes=[len(rows) for rows in sends],
-        receive_sizes=received.tolist(),
-        picked=torch.from_numpy(picked).to(device),
-    )
+    sends, counts, picked = _pick(needed, sizes=list(sizes), shard=shard.handle)
+    send_sizes, receive_sizes = counts.tolist()
+    return Picks(sends, send_sizes, receive_sizes, picked)
 
 
 def fetch(x: Tensor, picks: Picks, shard: SequenceShard) -> Tensor:
@@ -58,6 +48,24 @@ def fetch(x: Tensor, picks: Picks, shard: SequenceShard) -> Tensor:
     ranks in float32 (float64 for float64).
     """
     return _fetch(x, picks.sends, send_sizes=picks.send_sizes, receive_sizes=picks.receive_sizes, shard=shard.handle)
+
+
+@torch.library.custom_op(
+    "longtrain::pick",
+    mutates_args=(),
+    # -> sends, (send_sizes, receive_sizes) on the CPU, picked: see `Picks`
+    schema="(Tensor needed, *, SymInt[] sizes, SymInt shard) -> (Tensor, Tensor, Tensor)",
+)
+def _pick(needed: Tensor, *, sizes: Sequence[int], shard: int) -> tuple[Tensor, Tensor, Tensor]:
+    own = shard_of(shard)
+    wanted = all_gather_stacked(needed.to(torch.uint8), own.group).wait().cpu().numpy().astype(bool)  # [W, n]
+    bounds = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
+    first, stop = bounds[own.rank], bounds[own.rank + 1]
+    sends = [np.flatnonzero(rows[first:stop]) for rows in wanted]
+    picked = np.flatnonzero(wanted[own.rank])
+    counts = np.array([[len(rows) for rows in sends], np.diff(np.searchsorted(picked, bounds))])
+    sent, received = (torch.from_numpy(rows).to(needed.device) for rows in (np.concatenate(sends), picked))
+    return sent, torch.from_numpy(counts), received
 
 
 @torch.library.custom_op(

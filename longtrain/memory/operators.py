@@ -48,7 +48,7 @@ def _give_convolution(kept: Results, args: tuple[Any, ...], kwargs: dict[str, An
 
 _NAMESPACE = "longtrain"
 _MIXERS = ("attention", "linear_attention", "delta_rule", "slot_attention")
-_MOVES = ("relayout", "gather")
+_MOVES = ("relayout", "gather", "pick", "fetch")
 
 DISTRIBUTED = {
     **{name: Operator(name, getattr(torch.ops.longtrain, f"sequence_parallel_{name}").default) for name in _MIXERS},

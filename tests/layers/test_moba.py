@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from longtrain.layers import MIXERS, LayerPlace
+from longtrain.layers import LayerPlace
 from longtrain.layers.chunks import chunks_of
-from longtrain.layers.mixers.moba import pick_blocks
+from longtrain.layers.mixers.moba import MoBAConfig, MoBAMixer, pick_blocks
 from longtrain.parallel import SequenceShard, count_messages
 from tests.distributed import run_distributed
 
@@ -18,8 +18,8 @@ def exchanged(rank: int, world: int, picks: int) -> tuple[int, int]:
     import torch.distributed as dist
 
     torch.manual_seed(3)
-    kind = MIXERS["moba"]
-    mixer = kind(kind.Config(heads=HEADS, kv_heads=GROUPS, block=BLOCK, picks=picks), LayerPlace(32, 0, 1))
+    config = MoBAConfig(heads=HEADS, kv_heads=GROUPS, block=BLOCK, picks=picks)
+    mixer = MoBAMixer(config, LayerPlace(32, 0, 1))
     x = torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(4))
     shard = SequenceShard(length=LENGTH, group=dist.group.WORLD, cu_seqlens=DOCUMENTS)
     blocks = chunks_of(shard, BLOCK)
@@ -36,7 +36,7 @@ def exchanged(rank: int, world: int, picks: int) -> tuple[int, int]:
         chunk = own.places.array // BLOCK
         first, count = (torch.from_numpy(z.array[chunk]) for z in (own.first_finished, own.numbers))
         picked = pick_blocks(q, means, first, count, picks - 1)[0]
-    bounds = blocks.finished.layout.bounds
+    bounds = [sum(blocks.finished.lengths[:other]) for other in range(world + 1)]
     needed = {
         (block, head // (HEADS // GROUPS))
         for token in home.positions.tolist()

@@ -16,7 +16,10 @@ from longtrain.parallel import SequenceShard, count_messages
 VOCABULARY = 61
 BOUNDS = [0, 1, 9, 9, 30, 43]
 EVERY_MIXER = tuple(MIXERS)
-_HEADS = {name: {"heads": 4} for name in MIXERS}
+_OPTIONS = {
+    name: {"heads": 4} if "heads" in mixer.Config.__dataclass_fields__ else {} for name, mixer in MIXERS.items()
+}
+_OPTIONS["moba"] |= {"block": 4, "picks": 2}  # so that there is something to pick
 
 Traffic = tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]
 """Messages of forward and of backward: how many of each kind and size in bytes."""
@@ -32,7 +35,7 @@ def model_of(
 ) -> Decoder:
     """One block for each mixer of the pattern; the weights depend on nothing else."""
     torch.manual_seed(3)
-    layers = LayersConfig(pattern=list(pattern), mixers={name: _HEADS[name] for name in pattern} | (options or {}))
+    layers = LayersConfig(pattern=list(pattern), mixers={name: _OPTIONS[name] for name in pattern} | (options or {}))
     model = Decoder(ModelConfig(width=width, depth=len(pattern)), layers, vocabulary=VOCABULARY, memory=memory)
     torch.nn.init.normal_(model.head.weight, std=0.2)  # zero at the start of a training, it would hide the rest
     return model.to(dtype)

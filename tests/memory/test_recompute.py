@@ -14,7 +14,7 @@ from tests.distributed import run_distributed
 from tests.memory.models import BOUNDS, model_of, passes, with_policy
 from tests.parallel.comparing import world_group
 
-RECURRENT = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, RecurrentMixer))
+RECURRENT = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, RecurrentMixer)) + ("mega", "moba", "rat")
 OTHERS: tuple[Any, ...] = (
     list(DISTRIBUTED),
     ["attention", "aten::mm"],

@@ -14,7 +14,6 @@ from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import state_dtype
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
-from longtrain.parallel.communication import all_gather_parts
 from longtrain.parallel.picking import fetch, plan_picks
 
 TILE = 2**24  # scores of queries and blocks that are held at once
@@ -130,7 +129,7 @@ class MoBAMixer(Mixer):
         batch, finished = q.shape[0], blocks.local_finished.on(q.device)
         whole = [blocks.grid(z).index_select(1, finished).movedim(1, 0) for z in (k, v)]  # [n, B, L, G, K]
         with torch.no_grad():
-            means = all_gather_parts(whole[0].mean(2), blocks.finished.lengths, blocks.home.group)  # [N, B, G, K]
+            means = blocks.finished.gather(whole[0].mean(2), dim=0)  # [N, B, G, K]
             chunk = blocks.places.on(q.device) // self.block  # of each token
             first, count = (z.on(q.device)[chunk] for z in (blocks.first_finished, blocks.numbers))
             picked = pick_blocks(q, means, first, count, others)  # [B, T_w, H, others]
