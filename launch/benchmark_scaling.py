@@ -9,8 +9,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,69 @@ class Result:
     efficiency: float  # over the line's first point
     memory_bytes: int  # the most that a device's process held; on a CPU all of the process
     waiting: float | None  # share of the time in which ranks waited for messages; None where it is not measured
+    planned_tokens_per_second_per_device: float | None = None  # None where there is no plan
+    planned_memory_bytes: float | None = None  # of tensors, and what allocators waste
+
+
+class Planned:
+    """What `longtrain plan` says of the runs; `reason` why there is no plan, where there is none."""
+
+    def __init__(self, chosen: Options, device: str) -> None:
+        self._chosen = chosen
+        self._device, self.reason = _device_of_plans(device)
+
+    def beside(self, result: Result, point: Point) -> Result:
+        """The result with its plan."""
+        from longtrain.planning import devices_named, plan
+
+        if self.reason:
+            return result
+        try:
+            planned = plan(
+                self._chosen.recipe,
+                [*self._chosen.overrides, *point.keys],
+                devices_named(f"{point.devices}x{self._device}"),
+            )
+        except UsageError as error:
+            self.reason = str(error)
+            return result
+        rate, needed = planned.tokens_per_second, planned.needed
+        return replace(result, planned_tokens_per_second_per_device=rate, planned_memory_bytes=needed)
+
+    def longest(self) -> dict[int, int | None]:
+        """The longest T by number of devices that share the sequence; None where not even 1,024 tokens fit."""
+        from longtrain.planning import devices_named, longest
+
+        found: dict[int, int | None] = {}
+        for count in () if self.reason else self._chosen.devices:
+            keys = [f"parallel.sequence={count}", "parallel.data=1", "launch.launcher=local"]
+            try:
+                one = longest(
+                    self._chosen.recipe, [*self._chosen.overrides, *keys], devices_named(f"{count}x{self._device}")
+                )
+            except UsageError as error:
+                self.reason = str(error)
+                break
+            found[count] = None if one is None else one.recipe.data.length
+        return found
+
+
+def _device_of_plans(device: str) -> tuple[str, str | None]:
+    """The name that plans have for this machine's device, or why they have none."""
+    import torch
+
+    from longtrain.planning import devices_named
+
+    if device == "cpu":
+        return "cpu", None
+    card = torch.cuda.get_device_name()
+    for word in card.lower().replace("-", " ").split():
+        try:
+            devices_named(word)
+        except UsageError:
+            continue
+        return word, None
+    return "", f"plans do not know {card}"
 
 
 def options(
@@ -98,17 +161,25 @@ def run(chosen: Options) -> int:
     except Disagreement as error:
         print(f"{error}: no comparison")
         return 1
-    results = _results(points, measured)
-    header = ["line", "devices", "T", "sequences", "tokens/s/device", "efficiency", "GiB/device", "waiting"]
-    said.say(table(header, [_row(result) for result in results]))
+    planned = Planned(chosen, device)
+    results = [planned.beside(result, point) for result, point in zip(_results(points, measured), points, strict=True)]
+    header = ["line", "devices", "T", "sequences", "tokens/s/device", "planned", "efficiency"]
+    said.say(table([*header, "GiB/device", "planned", "waiting"], [_row(result) for result in results]))
+    longest = planned.longest()
+    if longest:
+        rows = [[str(count), "–" if length is None else f"{length:,}"] for count, length in longest.items()]
+        said.say(table(["devices that share a sequence", "longest T that fits, planned"], rows))
+    if planned.reason:
+        said.say(f"Not planned: {planned.reason}")
     for line, reason in refused.items():
         said.say(f"Not measured, {line}: {reason}")
     said.say(
         "Efficiency: tokens/s/device over those of the line's first row. As T grows a token sees more others, which "
         "makes it dearer where layers attend to all of them, on any number of devices. Waiting: a rank's mean share of "
-        "the time until messages had come, those of sharded weights and gradients too."
+        "the time until messages had come, those of sharded weights and gradients too. Planned: by `longtrain plan`, "
+        "whose memory is that of tensors, on a CPU without the interpreter and its libraries."
     )
-    _write(chosen, recipe, results, said)
+    _write(chosen, recipe, results, longest, said)
     return 0
 
 
@@ -224,10 +295,16 @@ def _row(result: Result) -> list[str]:
         f"{result.length:,}",
         str(result.sequences),
         f"{result.tokens_per_second_per_device:,.0f}",
+        _or_dash(result.planned_tokens_per_second_per_device, lambda rate: f"{rate:,.0f}"),
         f"{result.efficiency:.3f}",
         f"{result.memory_bytes / 2**30:.2f}",
-        "–" if result.waiting is None else f"{100 * result.waiting:.0f} %",
+        _or_dash(result.planned_memory_bytes, lambda size: f"{size / 2**30:.2f}"),
+        _or_dash(result.waiting, lambda share: f"{100 * share:.0f} %"),
     ]
+
+
+def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
+    return "–" if value is None else written(value)
 
 
 def _setting(chosen: Options, recipe: "Recipe", device: str) -> list[list[str]]:
@@ -253,7 +330,9 @@ def _setting(chosen: Options, recipe: "Recipe", device: str) -> list[list[str]]:
     return rows
 
 
-def _write(chosen: Options, recipe: "Recipe", results: Sequence[Result], said: Said) -> None:
+def _write(
+    chosen: Options, recipe: "Recipe", results: Sequence[Result], longest: Mapping[int, int | None], said: Said
+) -> None:
     if chosen.output is None:
         return
     from longtrain import plots
@@ -266,5 +345,6 @@ def _write(chosen: Options, recipe: "Recipe", results: Sequence[Result], said: S
     plots.plot_scaling(curves, stem.with_suffix(".png"))
     said.say(f"![Tokens per second and device]({stem.name}.png)")
     said.write(stem.with_suffix(".md"))
-    found = {"recipe": recipe.recipe, "overrides": list(chosen.overrides), "results": [asdict(one) for one in results]}
+    found: dict[str, Any] = {"recipe": recipe.recipe, "overrides": list(chosen.overrides)}
+    found |= {"results": [asdict(one) for one in results], "longest_planned": dict(longest)}
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

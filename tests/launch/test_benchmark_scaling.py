@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longtrain import planning
 from longtrain.bench_training import waits
 from longtrain.cli import main
 from longtrain.launch import benchmark_scaling
@@ -34,7 +35,11 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
             "waiting": 0.25,
         }
 
+    def longest(name: str, overrides: list[str], devices: planning.Devices) -> planning.Plan:
+        return planning.plan(name, [*overrides, f"data.length={1024 * devices.count}"], devices)
+
     monkeypatch.setattr(benchmark_scaling, "_run", run)
+    monkeypatch.setattr(planning, "longest", longest)  # which takes many plans to find
     return runs
 
 
@@ -43,7 +48,10 @@ def test_lines_over_devices(made_up: list[tuple[str, ...]], tmp_path: Path, caps
     assert main([*BENCH, *options, "trainer.sequences=3"]) == 0
     first = made_up[: len(made_up) // 2]
     assert made_up == [*first, *first] and len(set(first)) == len(first)  # in turn, no run twice
-    found = json.loads((tmp_path / "scaling_quickstart.json").read_text())["results"]
+    written = json.loads((tmp_path / "scaling_quickstart.json").read_text())
+    found = written["results"]
+    text = (tmp_path / "scaling_quickstart.md").read_text()
+    assert written["longest_planned"] == {"1": 1024, "2": 2048} and "| 2                             | 2,048" in text
     told = [(one["line"], one["devices"], one["length"], one["sequences"]) for one in found]
     assert told == [
         *(("sequence, strong", 1, 64, 3), ("sequence, strong", 2, 64, 3)),
@@ -53,12 +61,24 @@ def test_lines_over_devices(made_up: list[tuple[str, ...]], tmp_path: Path, caps
     ]
     assert all(one["efficiency"] == pytest.approx(1.0 if one["devices"] == 1 else 0.9, rel=1e-3) for one in found)
     said = capsys.readouterr().out
-    text = (tmp_path / "scaling_quickstart.md").read_text()
     assert text in said.replace("\n\n\n", "\n\n") or all(line in said for line in text.splitlines())
-    assert (
-        "| data, weak       | 2       | 64  | 6         | 90              | 0.900      | 1.00       | 25 %    |" in text
-    )
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| data, weak       | 2 ")]
+    cells = [cell.strip() for cell in row[3:-1]]
+    assert cells[:3] == ["64", "6", "90"] and [cells[n] for n in (4, 5, 7)] == ["0.900", "1.00", "25 %"]
+    assert float(cells[3].replace(",", "")) > 0 and 0 <= float(cells[6]) < 1  # planned
+    assert all(one["planned_memory_bytes"] > 0 for one in found)
     assert (tmp_path / "scaling_quickstart.png").stat().st_size > 1000
+
+
+def test_without_a_plan_the_columns_are_empty(
+    made_up: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_scaling, "_device_of_plans", lambda device: ("", "plans do not know X1"))
+    assert main([*BENCH, "--devices=1", "--repeats=1"]) == 0
+    said = capsys.readouterr().out
+    assert "Not planned: plans do not know X1" in said and "longest T" not in said
+    (row,) = [line for line in said.splitlines() if line.startswith("| data, weak")]
+    assert [cell.strip() for cell in row.split("|")[5:-1]] == ["100", "–", "1.000", "1.00", "–", "25 %"]
 
 
 def test_no_number_where_losses_differ(
