@@ -21,8 +21,8 @@ from longtrain.engines import (
     check_replicas,
 )
 from longtrain.errors import UsageError, nearest
-from longtrain.layers.pattern import LayersConfig, named_layers, takes_strategy
-from longtrain.memory import MemoryConfig, check_memory
+from longtrain.layers.pattern import Layer, LayersConfig, named_layers, takes_strategy
+from longtrain.memory import MemoryConfig, check_memory, layer_policies
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
 from longtrain.parallel.attention import STRATEGIES
@@ -188,6 +188,7 @@ def _check_layers(recipe: Recipe) -> None:
         check_memory(recipe.memory, [layer.name for layer in layers])
     except ValueError as error:
         raise UsageError(str(error)) from error
+    _check_pamm(recipe, layers)
     if recipe.parallel.strategy == "auto":
         return
     attending = {layer.name for layer in layers if takes_strategy(layer.mixer)}
@@ -221,6 +222,18 @@ def _check_engine(recipe: Recipe) -> None:
             precision=recipe.trainer.precision, clip=recipe.trainer.clip, accumulation=recipe.trainer.accumulation
         )
         check_deepspeed(recipe.deepspeed, wanted)
+
+
+def _check_pamm(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
+    """Refuse to keep few tokens of an input of which recompute keeps none."""
+    policies = layer_policies(recipe.memory.recompute, [layer.name for layer in layers])
+    for layer, policy in zip(layers, policies, strict=True):
+        pamm = getattr(layer.options, "pamm", None)
+        if pamm is not None and policy.recompute:
+            raise UsageError(
+                f"layers.mixers.{layer.name}.pamm: got {pamm}, which saves nothing where memory.recompute = "
+                f"{recipe.memory.recompute} keeps no input of projections: memory.recompute=none would work"
+            )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

@@ -183,6 +183,11 @@ MIXERS_REFUSED = [
         "softmax has its own",
         "layers.mixers.softmax.strategy",
     ),
+    (["layers.mixers.softmax.pamm=0"], "layers.mixers.softmax.pamm", "got 0", "1 or more"),
+    *(
+        (["layers.mixers.softmax.pamm=8", f"memory.recompute={policy}"], "layers.mixers.softmax.pamm", "got 8", "=none")
+        for policy in ("full", "attention", "[attention]", "{softmax: full}")
+    ),
     # Of mixers that no layer has.
     (["layers.pattern=gla", "layers.mixers.softmax.heads=3"], "layers.mixers.softmax.heads", "3", "divide"),
     (["layers.pattern=gla", "layers.mixers.softmax.heads=two"], "layers.mixers.softmax.heads", "'two'", "whole number"),

@@ -11,6 +11,7 @@ from longtrain.kernels import softmax_attention
 from longtrain.layers.attention import SequenceParallelAttention
 from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_heads, check_prompt
 from longtrain.layers.norm import RMSNorm
+from longtrain.layers.pamm import PammLinear
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
@@ -29,6 +30,9 @@ class SoftmaxConfig:
     window: int | None = None  # tokens to the left that a query sees besides itself; None: all
     qk_norm: bool = False  # RMS-normalise each head of q and k, with learned weights, before they are rotated
     sinks: bool = False  # one learned logit per head joins the softmax's denominator
+    # Tokens of the input that the q, k, v projection keeps for the gradient of its weights, at random, instead of all;
+    # every other one counts as a multiple of one of these. None: all, exactly. Not with recompute, which keeps none.
+    pamm: int | None = None
     softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them
     strategy: str = "auto"  # how keys and values reach the queries (sequence_parallel_attention)
     # Where attention runs. home: the sequence's own layout; another layout's name: q, k, v and the output move there
@@ -110,6 +114,8 @@ class SoftmaxMixer(Mixer):
             raise ValueError(f"window: got {config.window}, it must be 0 or more (null: no window)")
         if config.softcap is not None and not config.softcap > 0:
             raise ValueError(f"softcap: got {config.softcap}, it must be above 0 (null: none)")
+        if config.pamm is not None and config.pamm < 1:
+            raise ValueError(f"pamm: got {config.pamm}, it must be 1 or more (null: all tokens are kept)")
         if config.strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {config.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         check_layout(config.layout)
@@ -134,7 +140,11 @@ class SoftmaxMixer(Mixer):
         self.key_width = config.key_width(place.width)
         self.rope_base = config.rope_base
         self.window = config.window
-        self.qkv = nn.Linear(place.width, (self.heads + 2 * self.groups) * self.key_width, bias=False)
+        outputs = (self.heads + 2 * self.groups) * self.key_width
+        if config.pamm is None:
+            self.qkv = nn.Linear(place.width, outputs, bias=False)
+        else:
+            self.qkv = PammLinear(place.width, outputs, kept=config.pamm, seed=place.index)
         self.q_norm, self.k_norm = (RMSNorm(self.key_width, eps=1e-6) if config.qk_norm else None for _ in range(2))
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
         self.out = nn.Linear(self.heads * self.key_width, place.width, bias=False)
