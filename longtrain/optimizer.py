@@ -1,11 +1,14 @@
 """The optimizer and its learning-rate schedule, both from the recipe."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from longtrain.errors import UsageError
 from longtrain.muon import Muon
@@ -16,6 +19,7 @@ class OptimizerConfig:
     """AdamW ("Decoupled Weight Decay Regularization"), Muon for the blocks' matrices beside it, or plain SGD."""
 
     name: str = "adamw"
+    adam: str = "fused"
     learning_rate: float = 3e-4
     matrix_learning_rate: float = 0.02
     momentum: float = 0.95
@@ -74,8 +78,11 @@ class Optimizers:
         if config.name == "sgd":
             self.parts: list[tuple[torch.optim.Optimizer, float]] = [(torch.optim.SGD(groups, lr=rate), rate)]
             return
-        adamw = torch.optim.AdamW(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-        self.parts = [(adamw, rate)]
+        betas, eps = (config.beta1, config.beta2), config.eps
+        if config.adam == "8bit":
+            self.parts = [(_import_torchao().AdamW8bit(groups, lr=rate, betas=betas, eps=eps), rate)]
+        else:
+            self.parts = [(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True), rate)]
         if for_muon:
             rate = config.matrix_learning_rate
             weights = [p for name, p in named if name in for_muon]
@@ -93,7 +100,10 @@ class Optimizers:
         """The next step's rates: each optimizer's peak rate times ``rate_factor``."""
         for optimizer, peak in self.parts:
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate_factor
+                if isinstance(group["lr"], Tensor):  # torchao's, whose compiled step would be made anew for each number
+                    group["lr"].fill_(peak * rate_factor)
+                else:
+                    group["lr"] = peak * rate_factor
 
     def as_one(self) -> torch.optim.Optimizer:
         """One optimizer over all weights, that steps these; it shares their groups and takes over their state."""
@@ -102,15 +112,25 @@ class Optimizers:
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, ``optimizer.<kind>.<parameter>``, made (zero) where no step was taken yet.
 
-        Tensors are the optimizers' own: writing into them restores it.
+        Tensors are the optimizers' own, and writing into them restores it; but those in 8 bits are shown as float32
+        copies, which `loaded` takes over, rounding them once more.
         """
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         tensors: dict[str, Tensor] = {}
         for optimizer, _ in self.parts:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 state = state_of(optimizer, parameter)
-                tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in state.items()}
+                shown = {kind: _in_float32(value, parameter) for kind, value in state.items()}
+                tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in shown.items()}
         return tensors
+
+    def loaded(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what was written into the tensors that `tensors` gave."""
+        for name, parameter in self.model.named_parameters():
+            for optimizer, _ in self.parts:
+                for kind, value in optimizer.state.get(parameter, {}).items():
+                    if _is_quantized(value):
+                        _local(value).copy_(_local(tensors[f"optimizer.{kind}.{name}"]))
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -123,7 +143,35 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, T
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     elif not state and isinstance(optimizer, Muon):
         state["momentum"] = torch.zeros_like(parameter)
+    elif not state and (new := getattr(optimizer, "_new_buffer", None)) is not None:  # torchao's
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"], state["exp_avg_sq"] = new(parameter, True), new(parameter, False)
     return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_quantized(state: Tensor) -> bool:
+    return hasattr(_local(state), "codes")
+
+
+def _in_float32(state: Tensor, parameter: Tensor) -> Tensor:
+    """A state in 8 bits as float32, sharded as its parameter; any other one as it is."""
+    if not _is_quantized(state):
+        return state
+    whole = torch.zeros_like(parameter, dtype=torch.float32)
+    _local(whole).copy_(_local(state).dequantize())
+    return whole
+
+
+def _import_torchao() -> Any:
+    try:
+        from torchao import optim  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError(f"optimizer.adam: 8bit needs torchao ({error}); `pip install torchao` would do it") from error
+    return optim
 
 
 class _Joint(torch.optim.Optimizer):
@@ -150,6 +198,14 @@ def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> Non
     """Refuse names and numbers that cannot work, naming the recipe's key."""
     if optimizer.name not in ("adamw", "muon", "sgd"):
         raise UsageError(f"optimizer.name: got {optimizer.name!r}, expected 'adamw', 'muon' or 'sgd'")
+    if optimizer.adam not in ("fused", "8bit"):
+        raise UsageError(f"optimizer.adam: got {optimizer.adam!r}, expected 'fused' or '8bit'")
+    if optimizer.adam == "8bit" and optimizer.name == "sgd":
+        raise UsageError("optimizer.adam: got '8bit' with optimizer.name=sgd, which uses no Adam; adamw or muon would")
+    if optimizer.adam == "8bit" and importlib.util.find_spec("torchao") is None:
+        raise UsageError(
+            "optimizer.adam: 8bit needs torchao, which is not installed; `pip install torchao` would do it"
+        )
     if schedule.name not in ("cosine", "wsd"):
         raise UsageError(f"schedule.name: got {schedule.name!r}, expected 'cosine' or 'wsd'")
     for key, value, low, high in (

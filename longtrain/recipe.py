@@ -218,6 +218,11 @@ def _check_engine(recipe: Recipe) -> None:
                 f"not read it; engine={other} would"
             )
     if recipe.engine == "deepspeed":
+        if recipe.optimizer.adam != "fused":
+            raise UsageError(
+                f"optimizer.adam: got {recipe.optimizer.adam!r} with engine=deepspeed, which cuts weights where 8-bit "
+                "blocks cannot be cut; optimizer.adam=fused or engine=fsdp would work"
+            )
         wanted = Wanted(
             precision=recipe.trainer.precision, clip=recipe.trainer.clip, accumulation=recipe.trainer.accumulation
         )

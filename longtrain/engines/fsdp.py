@@ -71,7 +71,7 @@ class FSDPEngine(Engine):
         return weights | self.optimizers.tensors()
 
     def loaded(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing is left to do: these tensors are the engine's own."""
+        self.optimizers.loaded(tensors)  # weights, and most of the state, are the engine's own tensors
 
 
 def check_fsdp(config: FSDPConfig) -> None:
