@@ -14,12 +14,20 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def floating(name: str, x: object, shape: str) -> Tensor:
     """Refuses what is not a floating-point tensor with as many dimensions as `shape` names, "[B, T, H, K]" say."""
+    given = floating_channels(name, x, shape)
+    if given.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(given.shape)}, expected {shape}")
+    return given
+
+
+def floating_channels(name: str, x: object, shape: str) -> Tensor:
+    """Refuses what is not a floating-point tensor with at least one dimension and one channel, "[..., D]" say."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name}: got dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
-    if x.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
+    if x.ndim < 1:
+        raise ValueError(f"{name}: got shape (), expected {shape}")
     dense(name, x)
     return x
 

@@ -88,6 +88,22 @@ _BACKENDS: dict[str, dict[str, _Backend]] = {
         "torch": _Backend("a sum of shifted products"),
         "reference": _Backend("the sum token by token: it defines what is right"),
     },
+    "rms_norm": {
+        "torch": _Backend("tiles of tokens; torch's fused kernels on a GPU, where x and weight have one dtype"),
+        "reference": _Backend("the equation as it stands: it defines what is right"),
+    },
+    "rotary": {
+        "torch": _Backend("tiles of tokens, angles in float64"),
+        "reference": _Backend("products of complex numbers: it defines what is right"),
+    },
+    "swiglu": {
+        "torch": _Backend("PyTorch's silu and its gradient, written in place"),
+        "reference": _Backend("the equation as it stands: it defines what is right"),
+    },
+    "tiled_mlp": {
+        "torch": _Backend("a tile of tokens at a time, PyTorch's matrix products"),
+        "reference": _Backend("all tokens at once: it defines what is right"),
+    },
     "linear_cross_entropy": {
         "triton": _Backend(f"{_TRITON} on the logits of a chunk of tokens", _no_triton, _INTERPRETER),
         "torch": _Backend("chunks of tokens and vocabulary; the logits are never whole"),

@@ -5,9 +5,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from longtrain.kernels import linear_cross_entropy, tiled_mlp
 from longtrain.layers import LayerPlace, Mixer, SwiGLU
+from longtrain.layers.norm import RMSNorm
 from longtrain.layers.pattern import LayersConfig, named_layers
 from longtrain.memory import MemoryConfig, layer_policies, run_block
 from longtrain.parallel import SequenceShard
@@ -33,13 +34,14 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, the latter by tiles of `tile` tokens where that is given."""
 
-    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: ModelConfig, mixer: Mixer, *, tile: int | None = None) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.tile, self.eps = tile, config.norm_eps
+        self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config.width, config.hidden)
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
@@ -56,7 +58,12 @@ class Block(nn.Module):
         return self._with_mlp(x + y), state
 
     def _with_mlp(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.mlp_norm(x))
+        if self.tile is None:
+            return x + self.mlp(self.mlp_norm(x))
+        # One operator whose inputs are the weights: they get one gradient each, whatever the number of tiles.
+        weights = (self.mlp_norm.weight, self.mlp.gate_up.weight, self.mlp.down.weight)
+        norm, gate_up, down = (weight.to(x.dtype) for weight in weights)
+        return tiled_mlp(x, norm, gate_up, down, tile=self.tile, eps=self.eps)
 
 
 class Decoder(nn.Module):
@@ -66,7 +73,7 @@ class Decoder(nn.Module):
         config: width, depth and so on.
         layers: the mixers' pattern and options.
         vocabulary: number of token ids.
-        memory: what is kept for backward of each block; the gradients are the same with all of it.
+        memory: what is kept for backward of each block, and its tiles of tokens; the gradients are those without.
     """
 
     def __init__(
@@ -76,8 +83,10 @@ class Decoder(nn.Module):
         planned = named_layers(layers, width=config.width, depth=config.depth)
         self.policies = layer_policies(memory.recompute, [layer.name for layer in planned])
         self.embedding = nn.Embedding(vocabulary, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer.mixer(layer.options, layer.place)) for layer in planned)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(config, layer.mixer(layer.options, layer.place), tile=memory.tile) for layer in planned
+        )
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         self._initialise(config)
         if config.tie_embedding:
@@ -118,15 +127,16 @@ class Decoder(nn.Module):
         """
         x = self.embedding(tokens)
         for block, policy in zip(self.blocks, self.policies, strict=True):
-            x = run_block(block, x, shard, policy=policy)
-        logits = self.head(self.norm(x))
+            x = run_block(block, x, shard, policy=policy, tiled=cast(Block, block).tile is not None)
+        x = self.norm(x)
         if labels is None:
-            return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+            return self.head(x)
+        if torch.is_autocast_enabled(x.device.type):  # as the head itself would do it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = self.head.weight.to(x.dtype)
         # A copy: fully_shard hooks the backward of what a model returns, and hooks on views can get lost.
-        losses = losses.view_as(labels).clone()
-        return (losses, logits.argmax(-1) == labels) if hits else losses
+        losses = linear_cross_entropy(x, weight, labels, reduction="none").clone()
+        return (losses, _hits(x.detach(), weight.detach(), labels)) if hits else losses
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
@@ -156,6 +166,20 @@ class Decoder(nn.Module):
             x, state = cast(Block, block).step(x, state)
             after.append(state)
         return self.head(self.norm(x)), after
+
+
+_LOGITS_AT_ONCE = 2**26
+
+
+def _hits(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Where the label has the largest logit, bool ``[B, T_w]``, from few tokens' logits at a time.
+
+    x ``[B, T_w, D]``, weight ``[vocabulary, D]``.
+    """
+    flat = x.flatten(0, 1)
+    tokens = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+    found = [(part @ weight.t()).argmax(-1) for part in flat.split(tokens)]
+    return torch.cat(found).view_as(labels) == labels
 
 
 def count_parameters(model: nn.Module) -> int:

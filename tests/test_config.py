@@ -112,6 +112,7 @@ REFUSED = [
     (["parallel.data=2", "trainer.sequences=3"], "trainer.sequences", "3", "trainer.sequences=4"),
     (["memory.recompute=ful"], "memory.recompute", "'ful'", "'full'"),
     (["memory.recompute=[atention]"], "memory.recompute", "'atention'", "'attention'"),
+    (["memory.tile=0"], "memory.tile", "0", "1 or more"),
     (["memory.recompute={sofmax: full}"], "memory.recompute.sofmax", "'softmax'"),
     (["engine=fsdpp"], "engine", "'fsdpp'", "fsdp"),
     (["optimizer.name=adam"], "optimizer.name", "'adam'", "adamw"),

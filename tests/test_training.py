@@ -112,19 +112,20 @@ LENGTH = 97
 RATE = 1e4
 
 
-def small_model(tie: bool, recompute: str = "none") -> Decoder:
+def small_model(tie: bool, recompute: str | MemoryConfig = "none") -> Decoder:
     torch.manual_seed(3)
     layers = LayersConfig(
         pattern=["lightning", "softmax"], mixers={"lightning": {"heads": 2}, "softmax": {"heads": 4, "kv_heads": 2}}
     )
     config = ModelConfig(width=32, depth=4, tie_embedding=tie)
-    model = Decoder(config, layers, vocabulary=VOCABULARY, memory=MemoryConfig(recompute=recompute))
+    memory = recompute if isinstance(recompute, MemoryConfig) else MemoryConfig(recompute=recompute)
+    model = Decoder(config, layers, vocabulary=VOCABULARY, memory=memory)
     torch.nn.init.normal_(model.head.weight, std=0.2)  # zero at the start of a training, it would hide the rest
     return model
 
 
 def gradients_of(
-    rank: int, world: int, data: int, layout: str, accumulation: int, recompute: str, tie: bool
+    rank: int, world: int, data: int, layout: str, accumulation: int, recompute: str | MemoryConfig, tie: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss, and the gradient of every weight as one SGD step shows it, on this rank."""
     model = small_model(tie, recompute)

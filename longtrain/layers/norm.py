@@ -1,15 +1,17 @@
-"""RMS norm for mixers: torch's, with its weight in the dtype of what it normalises."""
+"""RMS norm as a module: its input is what it keeps for backward."""
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from longtrain.kernels import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension ("Root Mean Square Layer Normalization").
 
-    Under autocast x is in half precision and the weight is not, for which torch has no fused kernel.
+    The weight may have another dtype than x, as under autocast; y has x's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, eps=eps)

@@ -12,6 +12,7 @@ class MemoryConfig:
     """Memory policies; `recipes/base.yaml` says what each key means."""
 
     recompute: Any = "none"  # none, full, attention, a list of operators, or one of these for each mixer
+    tile: int | None = None  # tokens
     shard_blocks: bool = True
 
 
@@ -21,3 +22,5 @@ def check_memory(config: MemoryConfig, layers: Sequence[str]) -> None:
     layers: the name of each layer's mixer, as the pattern has it.
     """
     layer_policies(config.recompute, layers)
+    if config.tile is not None and config.tile < 1:
+        raise ValueError(f"memory.tile: got {config.tile}, expected 1 or more tokens (null: all at once)")

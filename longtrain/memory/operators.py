@@ -46,6 +46,18 @@ def _give_convolution(kept: Results, args: tuple[Any, ...], kwargs: dict[str, An
     return conv1d.convolved_again(*args, halo=halo, **options), [halo]
 
 
+def _nothing(results: Results) -> Results:
+    return ()
+
+
+def _give_shape(kept: Results, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Results:
+    return args[0].new_zeros(()).expand(args[0].shape)
+
+
+LAST = Operator("tiled_mlp", torch.ops.longtrain.tiled_mlp.default, _nothing, _give_shape)
+"""The tiled half of a block. Nothing of the block follows it, so recompute only needs its inputs, which its backward
+reads: it is not run again, and something of its result's shape stands for that."""
+
 _NAMESPACE = "longtrain"
 _MIXERS = ("attention", "linear_attention", "delta_rule", "slot_attention")
 _MOVES = ("relayout", "gather", "pick", "fetch")

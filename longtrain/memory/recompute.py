@@ -17,15 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from longtrain.memory.operators import Operator, Results
+from longtrain.memory.operators import LAST, Operator, Results
 from longtrain.memory.policies import Policy
 
 
-def run_block(block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy) -> Tensor:
-    """``block(x, *rest)``, of which backward keeps what the policy says; the same gradients, bit for bit."""
+def run_block(block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy, tiled: bool = False) -> Tensor:
+    """``block(x, *rest)``, of which backward keeps what the policy says; the same gradients, bit for bit.
+
+    tiled: whether the last step of the block is a tiled MLP (see `LAST`).
+    """
     if not policy.recompute or not torch.is_grad_enabled():
         return block(x, *rest)
-    result = checkpoint(block, x, *rest, use_reentrant=False, context_fn=lambda: _record_and_replay(policy.kept))
+    kept = (*policy.kept, LAST) if tiled else policy.kept
+    contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept)} if kept else {}
+    result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
     return cast(Tensor, result)
 
 

@@ -64,7 +64,8 @@ def small_model(recompute: Any = "none", *, tie: bool = True) -> Decoder:
         pattern=["lightning", "softmax"], mixers={"lightning": {"heads": 2}, "softmax": {"heads": 2, "kv_heads": 1}}
     )
     config = ModelConfig(width=16, depth=2, tie_embedding=tie)
-    model = Decoder(config, layers, vocabulary=VOCABULARY, memory=MemoryConfig(recompute=recompute))
+    memory = recompute if isinstance(recompute, MemoryConfig) else MemoryConfig(recompute=recompute)
+    model = Decoder(config, layers, vocabulary=VOCABULARY, memory=memory)
     torch.nn.init.normal_(model.head.weight, std=0.2)  # zero at the start of a training, it would hide the rest
     return model
 

@@ -10,7 +10,67 @@ CONVOLUTION = "tests/parallel/test_conv1d.py::test_kept_convolutions_are_not_com
 
 RUNS, READS, NAMES = "longtrain/memory/recompute.py", "longtrain/memory/policies.py", "longtrain/memory/operators.py"
 
+TILES, ACTIVATIONS = "tests/memory/test_tiles.py::", "tests/memory/test_activations.py::"
+TILED = "tests/kernels/test_tiled_mlp.py::"
+MLP, NORM, MODEL = "kernels/tiled_mlp/torch_impl.py", "kernels/rms_norm/torch_impl.py", "longtrain/model.py"
+
 MUTATIONS = (
+    Mutation(
+        "tiles-lose-the-residuals-gradient",
+        MLP,
+        "torch.add(part, dy[rows], out=dx[rows])",
+        "dx[rows] = part",
+        (TILED + "test_torch_is_the_reference[dtype0-4]",),
+    ),  # fmt: skip
+    Mutation(
+        "weights-of-the-last-tile-alone",
+        MLP,
+        "multiply(a, b, total, add=True)",
+        "multiply(a, b, total)",
+        (TILED + "test_torch_is_the_reference[dtype0-4]",),
+    ),  # fmt: skip
+    Mutation(
+        "tiles-summed-in-half-precision",
+        MLP,
+        "torch.zeros_like(weight, dtype=wide)",
+        "torch.zeros_like(weight)",
+        (TILED + "test_sums_over_many_tiles_lose_nothing_in_half_precision",),
+    ),  # fmt: skip
+    Mutation(
+        "tiles-run-again-in-recompute",
+        RUNS,
+        "(*policy.kept, LAST) if tiled else policy.kept",
+        "policy.kept",
+        (TILES + "test_recompute_does_not_run_the_tiles_again",),
+    ),  # fmt: skip
+    Mutation(
+        "norm-without-its-mean",
+        NORM,
+        "(gradient - normal.mul_(along))",
+        "(gradient - 0 * normal.mul_(along))",
+        ("tests/kernels/test_position_wise.py::test_torch_is_the_reference",),
+    ),  # fmt: skip
+    Mutation(
+        "rotated-further-in-backward",
+        "kernels/rotary/operators.py",
+        "inverse=not ctx.options",
+        "inverse=ctx.options",
+        ("tests/kernels/test_position_wise.py::test_torch_is_the_reference",),
+    ),  # fmt: skip
+    Mutation(
+        "attention-runs-a-layer-without-recompute",
+        READS,
+        "kept=tuple(DISTRIBUTED.values()))",
+        "kept=tuple(DISTRIBUTED.values())) and Policy(recompute=False)",
+        (ACTIVATIONS + "test_under_attention_a_layer_keeps_its_input_and_out_and_lse",),
+    ),  # fmt: skip
+    Mutation(
+        "logits-whole",
+        MODEL,
+        'linear_cross_entropy(x, weight, labels, reduction="none")',
+        'nn.functional.cross_entropy(self.head(x)[0], labels[0], reduction="none")[None]',
+        (ACTIVATIONS + "test_the_logits_are_never_whole",),
+    ),  # fmt: skip
     Mutation("kept-results-computed-again", RUNS, "if operator is None:", "if True:", (RECURRENT,)),
     Mutation("results-given-back-in-the-wrong-order", RUNS, ".popleft()", ".pop()", (SAME,)),
     Mutation("scans-not-kept", NAMES, '"linear_attention", "delta_rule", ', '"linear_attention", ', (RECURRENT,)),
