@@ -10,7 +10,7 @@ from longtrain.kernels import linear_cross_entropy, tiled_mlp
 from longtrain.layers import LayerPlace, Mixer, SwiGLU
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.pattern import LayersConfig, named_layers
-from longtrain.memory import MemoryConfig, layer_policies, run_block
+from longtrain.memory import MemoryConfig, layer_policies, run_block, store_for
 from longtrain.parallel import SequenceShard
 
 KEEP_EVERYTHING = MemoryConfig()
@@ -81,6 +81,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         planned = named_layers(layers, width=config.width, depth=config.depth)
+        self.memory = memory
         self.policies = layer_policies(memory.recompute, [layer.name for layer in planned])
         self.embedding = nn.Embedding(vocabulary, config.width)
         self.blocks = nn.ModuleList(
@@ -126,8 +127,9 @@ class Decoder(nn.Module):
             these losses, and bool ``[B, T_w]``, true where the label has the largest logit (the first of equal ones).
         """
         x = self.embedding(tokens)
+        store = store_for(self.memory, x.device)
         for block, policy in zip(self.blocks, self.policies, strict=True):
-            x = run_block(block, x, shard, policy=policy, tiled=cast(Block, block).tile is not None)
+            x = run_block(block, x, shard, policy=policy, tiled=self.memory.tile is not None, store=store)
         x = self.norm(x)
         if labels is None:
             return self.head(x)

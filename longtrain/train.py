@@ -29,6 +29,7 @@ from longtrain.data import Sequences, build_data
 from longtrain.engines import PRECISIONS, DeepSpeedEngine, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers.pattern import describe_layers, with_strategy
+from longtrain.memory import idle_offload
 from longtrain.metrics import MetricsWriter
 from longtrain.model import Decoder
 from longtrain.parallel import build_mesh
@@ -278,13 +279,15 @@ def peak_memory(device: torch.device) -> int:
 def _headline(recipe: Recipe, processes: Processes, trainer: Trainer, training: Sequences, run_dir: Path) -> list[str]:
     mesh = processes.mesh
     layers = describe_layers(recipe.layers, recipe.model.depth)
-    idle_offload = recipe.engine == "fsdp" and recipe.fsdp.cpu_offload and processes.device.type == "cpu"
+    idle_weights = recipe.engine == "fsdp" and recipe.fsdp.cpu_offload and processes.device.type == "cpu"
+    idle_memory = idle_offload(recipe.memory, processes.device)
     return [
         f"{recipe.recipe}: {trainer.parameters:,} weights, layers {layers}",
         f"{processes.world} x {processes.device.type}: data {mesh['data'].size()} x sequence {mesh['sequence'].size()}"
         f", T = {recipe.data.length:,}, layout {recipe.parallel.layout}",
         f"training data: {training.describe()}",
-        *(["fsdp.cpu_offload changes nothing here: on a CPU all weights lie in host memory"] if idle_offload else []),
+        *(["fsdp.cpu_offload changes nothing here: on a CPU all weights lie in host memory"] if idle_weights else []),
+        *([idle_memory] if idle_memory else []),
         f"run folder: {run_dir}",
     ]
 

@@ -112,6 +112,8 @@ REFUSED = [
     (["parallel.data=2", "trainer.sequences=3"], "trainer.sequences", "3", "trainer.sequences=4"),
     (["memory.recompute=ful"], "memory.recompute", "'ful'", "'full'"),
     (["memory.recompute=[atention]"], "memory.recompute", "'atention'", "'attention'"),
+    (["memory.offload=input"], "memory.offload", "'input'", "'inputs'"),
+    (["memory.offload=inputs"], "memory.offload", "memory.recompute=attention"),
     (["memory.tile=0"], "memory.tile", "0", "1 or more"),
     (["memory.recompute={sofmax: full}"], "memory.recompute.sofmax", "'softmax'"),
     (["engine=fsdpp"], "engine", "'fsdpp'", "fsdp"),

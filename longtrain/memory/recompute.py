@@ -8,6 +8,7 @@ operator gets its place in the graph as usual, and its backward finds its inputs
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,35 +18,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from longtrain.memory.offload import Away, Store
 from longtrain.memory.operators import LAST, Operator, Results
 from longtrain.memory.policies import Policy
 
 
-def run_block(block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy, tiled: bool = False) -> Tensor:
+def run_block(
+    block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy, tiled: bool = False, store: Store | None = None
+) -> Tensor:
     """``block(x, *rest)``, of which backward keeps what the policy says; the same gradients, bit for bit.
 
-    tiled: whether the last step of the block is a tiled MLP (see `LAST`).
+    tiled: whether the last step of the block is a tiled MLP (see `LAST`). store: where what is kept lies until
+    backward; None: where it is.
     """
     if not policy.recompute or not torch.is_grad_enabled():
         return block(x, *rest)
     kept = (*policy.kept, LAST) if tiled else policy.kept
-    contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept)} if kept else {}
-    result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
+    away = store if store is not None and store.kept else None
+    contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept, away)} if kept else {}
+    with nullcontext() if store is None else store.next_layer():
+        # Inside, torch's checkpoint saves x first and then has hooks of its own for all that the block saves.
+        result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
     return cast(Tensor, result)
 
 
-def _record_and_replay(kept: Sequence[Operator]) -> "tuple[_Record, _Replay]":
+def _record_and_replay(kept: Sequence[Operator], store: Store | None) -> "tuple[_Record, _Replay]":
     operators = {operator.overload: operator for operator in kept}
     results: dict[OpOverload, deque[Results]] = defaultdict(deque)
-    return _Record(operators, results), _Replay(operators, results)
+    return _Record(operators, results, store), _Replay(operators, results, store)
 
 
 class _Recorded(TorchDispatchMode):
     """What both modes know: the kept operators, and their results in the order of the calls."""
 
-    def __init__(self, operators: dict[OpOverload, Operator], results: dict[OpOverload, "deque[Results]"]) -> None:
+    def __init__(
+        self,
+        operators: dict[OpOverload, Operator],
+        results: dict[OpOverload, "deque[Results]"],
+        store: Store | None,
+    ) -> None:
         super().__init__()
-        self._operators, self._results = operators, results
+        self._operators, self._results, self._store = operators, results, store
 
 
 class _Record(_Recorded):
@@ -53,7 +66,8 @@ class _Record(_Recorded):
         results = func(*args, **(kwargs or {}))
         if (operator := self._operators.get(func)) is not None:
             # Aliases: autograd makes the graph's nodes owners of the results themselves.
-            self._results[func].append(tree_map_only(Tensor, Tensor.detach, operator.keep(results)))
+            put = Tensor.detach if self._store is None else self._store.put
+            self._results[func].append(tree_map_only(Tensor, put, operator.keep(results)))
         return results
 
 
@@ -67,4 +81,7 @@ class _Replay(_Recorded):
                 f"{func} was called more often in recompute than in forward, or backward ran twice: what recompute "
                 "keeps is given back once"
             )
-        return operator.give(self._results[func].popleft(), args, kwargs or {})
+        kept = self._results[func].popleft()
+        if self._store is not None:
+            kept = tree_map_only(Away, self._store.take, kept)
+        return operator.give(kept, args, kwargs or {})

@@ -14,6 +14,8 @@ TILES, ACTIVATIONS = "tests/memory/test_tiles.py::", "tests/memory/test_activati
 TILED = "tests/kernels/test_tiled_mlp.py::"
 MLP, NORM, MODEL = "kernels/tiled_mlp/torch_impl.py", "kernels/rms_norm/torch_impl.py", "longtrain/model.py"
 
+PUTS, OFFLOAD = "longtrain/memory/offload.py", "tests/memory/test_offload.py::"
+
 MUTATIONS = (
     Mutation(
         "tiles-lose-the-residuals-gradient",
