@@ -35,6 +35,7 @@ from tests.mutated import (
     launchers,
     linear_mixers,
     memory,
+    planning,
     softmax_kernels,
     torch_kernels,
     triton_kernels,
@@ -55,6 +56,7 @@ MUTATIONS = (
     + engines.MUTATIONS
     + memory.MUTATIONS
     + launchers.MUTATIONS
+    + planning.MUTATIONS
 )
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -147,11 +148,21 @@ def _engine_watched(tracker: Tracker) -> Iterator[None]:
 
         return _call
 
+    propagator: Any = ShardingPropagator
+    shapes = propagator._propagate_tensor_meta_non_cached
+
+    @wraps(shapes)
+    def muted(*given: Any) -> Any:
+        with tracker.muted():
+            return shapes(*given)
+
     for name, method in methods.items():
         setattr(FSDPParamGroup, name, watched(method))
+    propagator._propagate_tensor_meta_non_cached = muted
     try:
         yield
     finally:
+        propagator._propagate_tensor_meta_non_cached = shapes
         for name, method in methods.items():
             setattr(FSDPParamGroup, name, method)
 

@@ -41,6 +41,7 @@ class Tracker(MemTracker):
         self._ref_class = Term
         self._device = device
         self._now = Term.WORKING
+        self._muted = False
         self.host_peak = 0
         """Most bytes held on the host, for a device that is not the host."""
 
@@ -62,8 +63,8 @@ class Tracker(MemTracker):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its parts come back here
         result = func(*args, **kwargs or {})
-        if active_fake_mode() is not self._fake_mode_on_entry:
-            return result  # DTensor works out the shapes of whole tensors: that takes no memory
+        if self._muted or active_fake_mode() is not self._fake_mode_on_entry:
+            return result
         for x in tree_flatten(result)[0]:
             if isinstance(x, Tensor):
                 self._track(self._now, x)
@@ -86,6 +87,15 @@ class Tracker(MemTracker):
     def idle(self) -> bool:
         """Whether nothing special is being made."""
         return self._now is Term.WORKING
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """What is made inside the block is no memory: DTensor works out the shapes of whole tensors there."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
 
     def mark(self, tensors: Any, term: Term) -> None:
         """These tensors are for `term` from now on."""

@@ -46,9 +46,14 @@ class Plan:
         return self.memory.total + self.margin
 
     @property
+    def building(self) -> float:
+        """Bytes of a device before the first step: each makes the whole model in float32, and then keeps its share."""
+        return 4.0 * self.shape.weights
+
+    @property
     def over(self) -> float:
-        """Bytes that are missing on a device; negative where some are left."""
-        return self.needed - self.devices.device.memory
+        """Bytes that are missing on a device, in a step or before; negative where some are left."""
+        return max(self.needed, self.building) - self.devices.device.memory
 
     @property
     def host_over(self) -> float:

@@ -65,7 +65,8 @@ def _moments(shape: Shape) -> Iterator[_Moment]:
         # Between the last and the first every term grows or falls evenly, unless layers differ.
         if index in (0, count - 1) or shape.layers[index].name != shape.layers[index - 1].name:
             yield _attention_backward(shape, index)
-            yield _mlp_backward(shape, index)
+            if getattr(shape.recipe.memory, "tile", None) is None:  # a tile of an MLP holds next to nothing
+                yield _mlp_backward(shape, index)
     yield _loss(shape)
     yield from _end_of_backward(shape)
 

@@ -65,6 +65,13 @@ def test_a_large_model_over_eight_pretended_cards(llama_8b: str):
     assert held.tokens == 131072
     assert held.after["weights"] == pytest.approx(4 * LLAMA_8B_WEIGHTS / 8, rel=1e-3)
     assert held.peak["layer inputs"] == 32 * 131072 * 4096 * 2
+    assert held.peak["optimizer"] == held.after["optimizer"]
+
+
+def test_work_on_shapes_of_whole_tensors_is_no_memory():
+    """DTensor's, in the optimizer above all: with few tokens a step would seem to hold most there."""
+    held = dry_run("quickstart", ["data.length=256"], world=8, architecture="sm_90")
+    assert held.peak["optimizer"] == held.after["optimizer"]
 
 
 def test_what_a_dry_run_cannot_do_is_refused():

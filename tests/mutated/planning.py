@@ -1,0 +1,52 @@
+"""Mutations of dry runs and of plans."""
+
+from tests.mutated.mutation import Mutation
+
+MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
+TERMS, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("terms", "work", "planner"))
+DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
+
+MUTATIONS = (
+    Mutation(
+        "dry-run-leaves-operators-closed",
+        MODES,
+        'if func.namespace == "longtrain":',
+        'if func.namespace == "nobody":',
+        (f"{DRY}test_bodies_of_registered_operators_are_seen",),
+    ),
+    Mutation(
+        "dry-run-fakes-host-data",
+        MODES,
+        "return self._preparing or self._device.type",
+        "return self._device.type",
+        (f"{DRY}test_fake_numbers_are_fine_and_host_data_is_real",),
+    ),
+    Mutation(
+        "dry-run-overlooks-what-is-resized",
+        TRACKER,
+        "            self._track_resize()\n",
+        "",
+        (f"{DRY}test_every_storage_counts_until_it_is_gone",),
+    ),
+    Mutation(
+        "plan-of-half-the-weights",
+        TERMS,
+        'moment.add("weights", 4 * shape.weights * share)',
+        'moment.add("weights", 2 * shape.weights * share)',
+        (f"{PLANS}test_weights_and_work_are_counted",),
+    ),
+    Mutation(
+        "plan-of-one-long-document",
+        WORK,
+        "np.arange(each + 1, dtype=np.int64) * recipe.data.length",
+        "np.array([0, each], dtype=np.int64) * recipe.data.length",
+        (f"{PLANS}test_more_sequences_are_documents_of_their_own",),
+    ),
+    Mutation(
+        "plan-names-the-slowest-change-first",
+        PLANNER,
+        "sorted(unique.values(), key=lambda change: -change.plan.tokens_per_second)",
+        "sorted(unique.values(), key=lambda change: change.plan.tokens_per_second)",
+        (f"{PLANS}test_what_would_make_a_plan_fit_is_said_fastest_first",),
+    ),
+)

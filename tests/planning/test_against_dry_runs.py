@@ -1,0 +1,27 @@
+"""Plans against dry runs of the same recipes: every term above 100 MB within 5 %."""
+
+import pytest
+
+from longtrain.dry_run import TERMS
+from longtrain.launch.dry_runs import dry_run
+from longtrain.planning import devices_named, plan
+
+CASES = [
+    ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=full"]),
+    ("llama_8b_128k", "8xh200", ["model.depth=3", "memory.recompute=attention"]),
+    ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=none"]),
+    ("llama_8b_1m", "8xh200", []),
+    ("llama_8b_128k", "1xh200", ["memory.recompute=full"]),
+    ("llama_70b_512k", "64xh200", []),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("recipe", "devices", "overrides"), CASES)
+def test_plans_are_what_dry_runs_hold(recipe: str, devices: str, overrides: list[str]):
+    named = devices_named(devices)
+    planned = plan(recipe, overrides, named).memory
+    held = dry_run(recipe, overrides, world=named.count, architecture=named.device.architecture).peak
+    off = {t: planned.terms[t] / max(held[t], 1) - 1 for t in TERMS if max(held[t], planned.terms[t]) > 1e8}
+    off["total"] = planned.total / held["total"] - 1
+    assert max(map(abs, off.values())) < 0.05, off
