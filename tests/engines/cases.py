@@ -58,7 +58,7 @@ class GivenSequences:
         return self.made[index % len(self.made)]
 
 
-def small_model(recompute: Any = "none", *, tie: bool = True) -> Decoder:
+def small_model(recompute: Any = "none", *, tile: int | None = None, tie: bool = True) -> Decoder:
     torch.manual_seed(3)
     layers = LayersConfig(
         pattern=["lightning", "softmax"], mixers={"lightning": {"heads": 2}, "softmax": {"heads": 2, "kv_heads": 1}}
@@ -88,12 +88,13 @@ def trainer_of(
     accumulation: int = 1,
     masks: str = "uneven",
     recompute: Any = "none",
+    tile: int | None = None,
     shard_blocks: bool = True,
     optimizer: OptimizerConfig = SGD,
     config: TrainerConfig = ONE_STEP,
 ) -> Trainer:
     """A trainer on all ranks of a gloo group."""
-    model = small_model(recompute)
+    model = small_model(recompute, tile=tile)
     return Trainer(
         model,
         config=replace(config, accumulation=accumulation),

@@ -23,6 +23,7 @@ AXES: dict[str, list[Any]] = {
     "accumulation": [1, 2],
     "masks": list(MASKS),
     "recompute": ["none", "full", "attention", "mixers"],
+    "tile": [None, 4],
     "shard_blocks": [True, False],
 }
 # Recomputed by mixer: each layer's policy is its own.
@@ -39,6 +40,7 @@ def gradients(rank: int, world: int, case: dict[str, Any]) -> tuple[float, dict[
         accumulation=case["accumulation"],
         masks=case["masks"],
         recompute=BY_MIXER if case["recompute"] == "mixers" else case["recompute"],
+        tile=case["tile"],
         shard_blocks=case["shard_blocks"],
     )
     result = trainer.train_step()
