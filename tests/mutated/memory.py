@@ -14,7 +14,8 @@ TILES, ACTIVATIONS = "tests/memory/test_tiles.py::", "tests/memory/test_activati
 TILED = "tests/kernels/test_tiled_mlp.py::"
 MLP, NORM, MODEL = "kernels/tiled_mlp/torch_impl.py", "kernels/rms_norm/torch_impl.py", "longtrain/model.py"
 
-PUTS, OFFLOAD = "longtrain/memory/offload.py", "tests/memory/test_offload.py::"
+PUTS = "longtrain/memory/offload.py"
+AHEAD = "tests/memory/test_offload.py::test_copies_come_back_ahead_of_their_use_and_few_layers_are_under_way"
 
 MUTATIONS = (
     Mutation(
@@ -73,6 +74,14 @@ MUTATIONS = (
         'nn.functional.cross_entropy(self.head(x)[0], labels[0], reduction="none")[None]',
         (ACTIVATIONS + "test_the_logits_are_never_whole",),
     ),  # fmt: skip
+    Mutation(
+        "layers-come-back-only-when-asked-for",
+        PUTS,
+        "max(away.layer - self._in_flight, 0) - 1",
+        "away.layer - 1",
+        (AHEAD,),
+    ),
+    Mutation("forward-waits-for-no-copy", PUTS, "if len(self._leaving) >= self._in_flight:", "if False:", (AHEAD,)),
     Mutation("kept-results-computed-again", RUNS, "if operator is None:", "if True:", (RECURRENT,)),
     Mutation("results-given-back-in-the-wrong-order", RUNS, ".popleft()", ".pop()", (SAME,)),
     Mutation("scans-not-kept", NAMES, '"linear_attention", "delta_rule", ', '"linear_attention", ', (RECURRENT,)),
