@@ -63,7 +63,7 @@ def _moments(shape: Shape) -> Iterator[_Moment]:
     count = len(shape.layers)
     for index in range(count):
         # Between the last and the first every term grows or falls evenly, unless layers differ.
-        if index in (0, count - 1) or shape.layers[index].name != shape.layers[index - 1].name:
+        if index in (0, count - 2, count - 1) or shape.layers[index].name != shape.layers[index - 1].name:
             yield _attention_backward(shape, index)
             if getattr(shape.recipe.memory, "tile", None) is None:  # a tile of an MLP holds next to nothing
                 yield _mlp_backward(shape, index)
