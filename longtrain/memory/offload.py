@@ -52,7 +52,8 @@ class StreamCopies:
         self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self._stream)  # its memory is not given away before it is copied
+        if isinstance(self._stream, torch.Stream):  # that of a pretended device is not, and copies nothing later
+            x.record_stream(self._stream)  # its memory is not given away before it is copied
         return host, self._stream.record_event()
 
     def back(self, host: Tensor) -> tuple[Tensor, Any]:

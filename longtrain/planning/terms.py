@@ -52,10 +52,10 @@ class _Moment:
 def memory(shape: Shape) -> Memory:
     """The fullest moment of a step."""
     fullest = max(_moments(shape), key=lambda moment: sum(moment.terms.values()))
-    host = 0.0
+    host = _activations_away(shape)
     if _offloaded(shape):
         share = _share(shape)
-        host = shape.weights * share * (4 + 4 + _states(shape))
+        host += shape.weights * share * (4 + 4 + _states(shape))
     return Memory(fullest.terms, fullest.name, host)
 
 
@@ -81,10 +81,15 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
     outside = shape.outer_weights if recipe.memory.shard_blocks else shape.weights
     moment.add("gathered weights", shape.size * outside)
     tokens, size, width = shape.tokens, shape.size, recipe.model.width
-    moment.add("layer inputs", layers * tokens * size * width)
-    for layer, policy in zip(shape.layers[:layers], policies(shape)[:layers], strict=True):
-        if policy != "full":
-            moment.add("kept attention", tokens * _results(shape, layer))
+    for index, (layer, policy) in enumerate(zip(shape.layers[:layers], policies(shape)[:layers], strict=True)):
+        input_away, results_away = _away(shape, policy)
+        near = index >= layers - _near(shape)
+        # What has come back from the host ahead of its use is a tensor like those that a layer works with.
+        if not input_away or near:
+            ahead = input_away and index < layers - 1
+            moment.add("working set" if ahead else "layer inputs", tokens * size * width)
+        if policy != "full" and (not results_away or near):
+            moment.add("working set" if results_away else "kept attention", tokens * _results(shape, layer))
         if policy == "none":
             moment.add("working set", tokens * size * _kept(shape, layer))
             moment.add("kept attention", tokens * _held(shape, layer))
@@ -170,6 +175,27 @@ def _share(shape: Shape) -> float:
 
 def _offloaded(shape: Shape) -> bool:
     return shape.recipe.fsdp.cpu_offload and shape.devices.device.architecture is not None
+
+
+def _away(shape: Shape, policy: str) -> tuple[bool, bool]:
+    """Whether a layer's input, and the results that it keeps, lie on the host between forward and backward."""
+    offload = shape.recipe.memory.offload if shape.devices.device.architecture is not None else "none"
+    return offload != "none" and policy != "none", offload == "attention" and policy == "attention"
+
+
+def _near(shape: Shape) -> int:
+    """Layers whose tensors are on the device although they are offloaded: the one that runs, and those under way."""
+    return shape.recipe.memory.offload_in_flight + 1
+
+
+def _activations_away(shape: Shape) -> float:
+    """Bytes on the host when forward has ended."""
+    each = shape.tokens * shape.size * shape.recipe.model.width
+    total = 0.0
+    for layer, policy in zip(shape.layers, policies(shape), strict=True):
+        inputs, results = _away(shape, policy)
+        total += each * inputs + shape.tokens * _results(shape, layer) * results
+    return total
 
 
 def _states(shape: Shape) -> float:

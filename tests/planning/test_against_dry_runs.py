@@ -12,6 +12,7 @@ CASES = [
     ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=none"]),
     ("llama_8b_1m", "8xh200", []),
     ("llama_8b_128k", "1xh200", ["memory.recompute=full"]),
+    ("llama_8b_1m", "8xh200", ["model.depth=8", "model.vocabulary=4096", "memory.offload=attention"]),
     ("llama_70b_512k", "64xh200", []),
 ]
 

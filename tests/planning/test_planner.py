@@ -88,11 +88,42 @@ def test_recipes_of_real_sizes_are_planned(name: str):
     planned = plan(name, [], devices_named(SIZED[name]))
     assert planned.needed > 0 and planned.times.step > 0
     assert compose(name).model.vocabulary == 128256
-    # With nothing offloaded or tiled the longest two do not fit; 70B weights are made whole before they are shared out.
-    too_long, too_large = ("llama_8b_15m", "hybrid_1b_1m"), "llama_70b_512k"
-    assert (planned.needed > planned.devices.device.memory) == (name in too_long), f"{planned.needed / GIB:.1f} GiB"
+    # A ring's float32 gradients leave the longest one 6 % too large; 70B weights are made whole before they are shared.
+    too_long, too_large = "llama_8b_15m", "llama_70b_512k"
+    assert planned.needed < planned.devices.device.memory * (1.06 if name == too_long else 1), (
+        f"{planned.needed / GIB:.1f} GiB"
+    )
     assert (planned.building > planned.devices.device.memory) == (name == too_large)
-    assert planned.fits == (name not in (*too_long, too_large))
+    assert planned.fits == (name not in (too_long, too_large))
+
+
+@pytest.mark.parametrize(
+    ("devices", "overrides", "most"),
+    [
+        ("8xh200", [], 100),
+        ("8xh200", ["data.length=1572864", "memory.offload=attention"], 100),
+        (
+            "1xh200",
+            ["data.length=524288", "memory.recompute=full", "memory.offload=inputs", "fsdp.cpu_offload=true"],
+            139,
+        ),
+    ],
+)
+def test_how_long_a_llama_8b_can_be(devices: str, overrides: list[str], most: float):
+    planned = plan("llama_8b_1m", overrides, devices_named(devices))
+    assert planned.fits and planned.memory.total < most * GIB
+    assert planned.memory.host * planned.devices.count < 900 * GIB
+
+
+def test_what_is_offloaded_lies_on_the_host():
+    each, results = 131072 * 4096 * 2, 131072 * (4096 * 2 + 32 * 4)
+    inputs, both = (
+        plan("llama_8b_1m", [f"memory.offload={what}"], devices_named("8xh200")).memory
+        for what in ("inputs", "attention")
+    )
+    assert inputs.host == 32 * each and both.host == 32 * (each + results)
+    assert total("llama_8b_1m") - inputs.total == pytest.approx(29 * each)  # three layers are under way
+    assert inputs.total > both.total
 
 
 def test_what_would_make_a_plan_fit_is_said_fastest_first():
