@@ -246,9 +246,9 @@ FEW_PAIRS = [
     "model.width=32",
     "model.mlp_width=32",
     "model.depth=2",
-    "trainer.steps=90",
+    "trainer.steps=130",
     "schedule.warmup=5",
-    "schedule.decay=45",
+    "schedule.decay=65",
     "optimizer.matrix_learning_rate=0.05",
     "optimizer.learning_rate=3.0e-2",
 ]
