@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from longtrain.kernels import linear_cross_entropy, tiled_mlp
 from longtrain.layers import LayerPlace, Mixer, SwiGLU
+from longtrain.layers.mixers.base import Shared, SharingMixer
 from longtrain.layers.norm import RMSNorm
-from longtrain.layers.pattern import LayersConfig, named_layers
+from longtrain.layers.pattern import LayersConfig, hands_on, named_layers
 from longtrain.memory import MemoryConfig, layer_policies, run_block, store_for
 from longtrain.parallel import SequenceShard
 
@@ -26,6 +27,7 @@ class ModelConfig:
     tie_embedding: bool = True
     norm_eps: float = 1e-6
     vocabulary: int | None = None
+    meta_tokens: int = 0
 
     @property
     def hidden(self) -> int:
@@ -34,28 +36,47 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, the latter by tiles of `tile` tokens where that is given."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, the latter by tiles of `tile` tokens where that is given.
 
-    def __init__(self, config: ModelConfig, mixer: Mixer, *, tile: int | None = None) -> None:
+    hands_on: whether the next block takes what this one's mixer hands on (see `SharingMixer`).
+    """
+
+    def __init__(self, config: ModelConfig, mixer: Mixer, *, tile: int | None = None, hands_on: bool = False) -> None:
         super().__init__()
-        self.tile, self.eps = tile, config.norm_eps
+        self.tile, self.eps, self.hands_on = tile, config.norm_eps, hands_on
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config.width, config.hidden)
 
-    def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
-        return self._with_mlp(x + self.mixer(self.mixer_norm(x), shard))
+    def forward(self, x: Tensor, shard: SequenceShard, *shared: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """x ``[B, T_w, D]``, after meta tokens where there are any -> alike; with ``hands_on`` a tuple: it, and these.
 
-    def prefill(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        shared: what the block before handed on.
+        """
+        if not isinstance(self.mixer, SharingMixer):
+            return self._with_mlp(x + self.mixer(self.mixer_norm(x), shard))
+        y, shared = self.mixer.mix_shared(self.mixer_norm(x), shard, shared)
+        x = self._with_mlp(x + y)
+        return (x, *shared) if self.hands_on else x
+
+    def prefill(
+        self, x: Tensor, shard: SequenceShard, state: Any = None, shared: Shared = ()
+    ) -> tuple[Tensor, Any, Shared]:
         """As ``forward`` on one document on one device, from its mixer's state on; see ``Mixer.prefill``."""
-        y, state = self.mixer.prefill(self.mixer_norm(x), shard, state)
-        return self._with_mlp(x + y), state
+        if not isinstance(self.mixer, SharingMixer):
+            y, state = self.mixer.prefill(self.mixer_norm(x), shard, state)
+            return self._with_mlp(x + y), state, ()
+        y, state, shared = self.mixer.prefill_shared(self.mixer_norm(x), shard, state, shared)
+        return self._with_mlp(x + y), state, shared if self.hands_on else ()
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Any, shared: Shared = ()) -> tuple[Tensor, Any, Shared]:
         """The next token, x ``[B, D]``; see ``Mixer.step``."""
-        y, state = self.mixer.step(self.mixer_norm(x), state)
-        return self._with_mlp(x + y), state
+        if not isinstance(self.mixer, SharingMixer):
+            y, state = self.mixer.step(self.mixer_norm(x), state)
+            return self._with_mlp(x + y), state, ()
+        y, state, shared = self.mixer.step_shared(self.mixer_norm(x), state, shared)
+        return self._with_mlp(x + y), state, shared if self.hands_on else ()
 
     def _with_mlp(self, x: Tensor) -> Tensor:
         if self.tile is None:
@@ -70,7 +91,7 @@ class Decoder(nn.Module):
     """Embedding, blocks, norm, output head. Each rank runs it on its own tokens of the shard.
 
     Args:
-        config: width, depth and so on.
+        config: width, depth and so on; meta_tokens stand in front of every document, and no loss asks for them.
         layers: the mixers' pattern and options.
         vocabulary: number of token ids.
         memory: what is kept for backward of each block, and its tiles of tokens; the gradients are those without.
@@ -80,12 +101,17 @@ class Decoder(nn.Module):
         self, config: ModelConfig, layers: LayersConfig, *, vocabulary: int, memory: MemoryConfig = KEEP_EVERYTHING
     ) -> None:
         super().__init__()
-        planned = named_layers(layers, width=config.width, depth=config.depth)
+        planned = named_layers(layers, width=config.width, depth=config.depth, meta=config.meta_tokens)
         self.memory = memory
         self.policies = layer_policies(memory.recompute, [layer.name for layer in planned])
         self.embedding = nn.Embedding(vocabulary, config.width)
+        # Learned tokens in front of every document, "meta tokens" ("Hymba", section 2.3): a text of their own, whose
+        # hidden states depend on weights only. Each rank carries its copy of them through all layers.
+        meta = torch.empty(config.meta_tokens, config.width) if config.meta_tokens else None
+        self.meta_embedding = None if meta is None else nn.Parameter(meta)
         self.blocks = nn.ModuleList(
-            Block(config, layer.mixer(layer.options, layer.place), tile=memory.tile) for layer in planned
+            Block(config, layer.mixer(layer.options, layer.place), tile=memory.tile, hands_on=hands)
+            for layer, hands in zip(planned, hands_on(planned), strict=True)
         )
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
@@ -103,7 +129,10 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=std)
         # The first guess is an even one. Tied, large embeddings would make each token predict itself.
         nn.init.zeros_(self.head.weight)
-        nn.init.normal_(self.embedding.weight, std=0.02 if config.tie_embedding else 1.0)
+        std = 0.02 if config.tie_embedding else 1.0
+        nn.init.normal_(self.embedding.weight, std=std)
+        if self.meta_embedding is not None:
+            nn.init.normal_(self.meta_embedding, std=std)
 
     def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
         """Do the host's work for a batch on `shard` ahead, in a data loader say; it will run on `device` in `dtype`."""
@@ -126,11 +155,12 @@ class Decoder(nn.Module):
             nats, ``[B, T_w]`` float32 (float64 for a float64 model), 0 where the label is -100. With ``hits`` a pair:
             these losses, and bool ``[B, T_w]``, true where the label has the largest logit (the first of equal ones).
         """
-        x = self.embedding(tokens)
-        store = store_for(self.memory, x.device)
+        x = self._after_meta(self.embedding(tokens))
+        store, shared, tiled = store_for(self.memory, x.device), (), self.memory.tile is not None
         for block, policy in zip(self.blocks, self.policies, strict=True):
-            x = run_block(block, x, shard, policy=policy, tiled=self.memory.tile is not None, store=store)
-        x = self.norm(x)
+            found = run_block(block, x, shard, *shared, policy=policy, tiled=tiled, store=store)
+            x, shared = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
+        x = self.norm(x if self.meta_embedding is None else x[:, len(self.meta_embedding) :])
         if labels is None:
             return self.head(x)
         if torch.is_autocast_enabled(x.device.type):  # as the head itself would do it
@@ -139,6 +169,12 @@ class Decoder(nn.Module):
         # A copy: fully_shard hooks the backward of what a model returns, and hooks on views can get lost.
         losses = linear_cross_entropy(x, weight, labels, reduction="none").clone()
         return (losses, _hits(x.detach(), weight.detach(), labels)) if hits else losses
+
+    def _after_meta(self, x: Tensor) -> Tensor:
+        """``[B, T_w, D]`` with the meta tokens before it."""
+        if self.meta_embedding is None:
+            return x
+        return torch.cat((self.meta_embedding.to(x.dtype).expand(x.shape[0], -1, -1), x), 1)
 
     # ---- generation -------------------------------------------------------------------------------------------------
 
@@ -154,18 +190,18 @@ class Decoder(nn.Module):
         tokens ``[B, T]`` int64, T >= 1 -> logits of the token after the last, ``[B, vocabulary]``, and each block's
         state. states: those after the piece before (they may be written to); None at the text's beginning.
         """
-        shard = SequenceShard(length=tokens.shape[1])
-        x, after = self.embedding(tokens), []
+        shard, shared, after = SequenceShard(length=tokens.shape[1]), (), []
+        x = self.embedding(tokens) if states else self._after_meta(self.embedding(tokens))
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            x, state = cast(Block, block).prefill(x, shard, state)
+            x, state, shared = cast(Block, block).prefill(x, shard, state, shared)
             after.append(state)
         return self.head(self.norm(x[:, -1])), after
 
     def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
         """Read one more token: ``[B]`` int64 -> the next one's logits ``[B, vocabulary]``, and each block's state."""
-        x, after = self.embedding(tokens), []
+        x, shared, after = self.embedding(tokens), (), []
         for block, state in zip(self.blocks, states, strict=True):
-            x, state = cast(Block, block).step(x, state)
+            x, state, shared = cast(Block, block).step(x, state, shared)
             after.append(state)
         return self.head(self.norm(x)), after
 

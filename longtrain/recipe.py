@@ -115,6 +115,7 @@ def check(recipe: Recipe) -> None:
     _check_vocabulary(recipe)
     _at_least("model.width", recipe.model.width, 1)
     _at_least("model.depth", recipe.model.depth, 1)
+    _at_least("model.meta_tokens", recipe.model.meta_tokens, 0)
     _at_least("model.norm_eps", recipe.model.norm_eps, 0)
     _at_most("model.norm_eps", recipe.model.norm_eps, 1)
     _at_most("model.width", recipe.model.width, 2**20)
@@ -169,6 +170,12 @@ def model_vocabulary(recipe: Recipe) -> int:
     return vocabulary_of(recipe.data) if recipe.model.vocabulary is None else recipe.model.vocabulary
 
 
+def recipe_layers(recipe: Recipe, layers: LayersConfig | None = None) -> list[Layer]:
+    """The layers of the recipe's model; others than its own where they are given."""
+    model = recipe.model
+    return named_layers(layers or recipe.layers, width=model.width, depth=model.depth, meta=model.meta_tokens)
+
+
 def _check_vocabulary(recipe: Recipe) -> None:
     own = recipe.model.vocabulary
     if own is None:
@@ -184,7 +191,7 @@ def _check_vocabulary(recipe: Recipe) -> None:
 def _check_layers(recipe: Recipe) -> None:
     """Refuse layers that cannot be, memory policies for others, and a strategy that none of them would take."""
     try:
-        layers = named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth)
+        layers = recipe_layers(recipe)
         check_memory(recipe.memory, [layer.name for layer in layers])
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -293,11 +300,12 @@ def _check_ranks(recipe: Recipe, sequence: int) -> None:
     rows = recipe.parallel.rows
     if sequence % rows:
         raise UsageError(f"parallel.rows: got {rows}, it must divide the {sequence} ranks that share a sequence")
-    for layer in named_layers(recipe.layers, width=recipe.model.width, depth=recipe.model.depth):
+    for layer in recipe_layers(recipe):
         try:
             layer.mixer.check_ranks(layer.options, strategy=recipe.parallel.strategy, ranks=sequence, rows=rows)
         except ValueError as error:
-            own = getattr(layer.options, "strategy", "auto") != "auto"
+            # Of a mixer's strategies one may be the recipe's, the one that is called so.
+            own = getattr(layer.options, "strategy", "auto") != "auto" or not str(error).startswith("strategy:")
             section = f"layers.mixers.{layer.name}" if own else "parallel"
             raise UsageError(f"{section}.{error}") from error
 

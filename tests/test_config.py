@@ -134,6 +134,8 @@ REFUSED = [
     (["model.norm_eps=-1"], "model.norm_eps", "-1", "0 or more"),
     (["model.norm_eps=.nan"], "model.norm_eps", "nan"),
     (["run_dir=''"], "run_dir", "empty"),
+    (["model.meta_tokens=-1"], "model.meta_tokens", "-1", "0 or more"),
+    (["model.meta_tokens=4"], "model.meta_tokens", "4", "lightning, softmax cannot", "hymba can"),
 ]
 
 

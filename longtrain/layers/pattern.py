@@ -18,7 +18,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,26 +63,49 @@ def plan_layers(config: LayersConfig, *, width: int, depth: int) -> list[tuple[t
     return [(layer.mixer, layer.options, layer.place) for layer in named_layers(config, width=width, depth=depth)]
 
 
-def named_layers(config: LayersConfig, *, width: int, depth: int) -> list[Layer]:
-    """Each of ``depth`` layers.
+def named_layers(config: LayersConfig, *, width: int, depth: int, meta: int = 0) -> list[Layer]:
+    """Each of ``depth`` layers of a model with so many meta tokens.
 
     Raises:
-        ValueError: a pattern that does not fit the depth, an unknown mixer or option (the nearest name is given), or
-            options that a mixer refuses, in the pattern or not; the text starts with the recipe's key.
+        ValueError: a pattern that does not fit the depth, an unknown mixer or option (the nearest name is given),
+            options that a mixer refuses, in the pattern or not, a layer that cannot take what the one before hands on,
+            or that cannot have meta tokens before it; the text starts with the recipe's key.
     """
     kinds, layers = _kinds(config), []
     options = {name: _options(name, *kinds[name]) for name in config.mixers}
     for index, name in enumerate(layer_names(config, depth)):
-        mixer, place = kinds[name][0], LayerPlace(width=width, index=index, depth=depth)
+        mixer, place = kinds[name][0], LayerPlace(width=width, index=index, depth=depth, meta=meta)
         layers.append(Layer(name, mixer, options.get(name) or mixer.Config(), place))
     unused = options.keys() - {layer.name for layer in layers}
-    first = LayerPlace(width=width, index=0, depth=depth)
+    first = LayerPlace(width=width, index=0, depth=depth, meta=meta)
     for layer in (*layers, *(Layer(name, kinds[name][0], options[name], first) for name in sorted(unused))):
         try:
             layer.mixer.check(layer.options, layer.place)
         except ValueError as error:
             raise ValueError(f"layers.mixers.{layer.name}.{error}") from None
+    _check_neighbours(layers)
+    if meta and (others := sorted({layer.name for layer in layers if not layer.mixer.takes_meta})):
+        able = ", ".join(name for name, mixer in MIXERS.items() if mixer.takes_meta)
+        raise ValueError(
+            f"model.meta_tokens: got {meta}, which {', '.join(others)} cannot have in front of the text; {able} can, "
+            "and 0 works with all mixers"
+        )
     return layers
+
+
+def hands_on(layers: Sequence[Layer]) -> list[bool]:
+    """Of each layer, whether the next one takes what it hands on."""
+    return [after.mixer.takes_shared(after.options) for after in layers[1:]] + [False]
+
+
+def _check_neighbours(layers: Sequence[Layer]) -> None:
+    for before, layer in zip((None, *layers), layers, strict=False):
+        if not layer.mixer.takes_shared(layer.options):
+            continue
+        try:
+            layer.mixer.check_before(layer.options, None if before is None else (before.mixer, before.options))
+        except ValueError as error:
+            raise ValueError(f"layers.mixers.{layer.name}.{error} (layer {layer.place.index})") from None
 
 
 def takes_strategy(mixer: type[Mixer]) -> bool:

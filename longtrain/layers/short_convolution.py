@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longtrain.kernels import causal_conv1d
 from longtrain.kernels.precision import without_autocast
 from longtrain.layers.recurrence import is_step, state_dtype
 from longtrain.parallel import SequenceShard, sequence_parallel_conv1d
+from longtrain.parallel.moves import HostIndex
 
 
 class ConvolvedState(NamedTuple):
@@ -77,6 +80,26 @@ class ShortConvolution(nn.Module):
         y = sequence_parallel_conv1d(seen, weight, self.bias, whole, activation="silu")
         return y[:, state.shape[1] :], after
 
+    def after(self, x: Tensor, before: Tensor, shard: SequenceShard) -> Tensor:
+        """Convolve this rank's tokens, of documents that all follow the same inputs, which every rank has.
+
+        x: ``[B, T_w, C]``. before: ``[B, n, C]``, as if they stood in front of each document.
+
+        Returns:
+            y ``[B, T_w, C]`` in x's dtype.
+        """
+        if self.weight is None or self.width is None or self.width == 1:
+            return self(x, shard, None)[0]
+        weight, reach = self.weight[:, 0], self.width - 1
+        y = sequence_parallel_conv1d(x, weight, self.bias, shard)
+        # What each of a document's first tokens sees of them: theirs, where nothing comes after.
+        missing = max(reach - before.shape[1], 0)
+        seen = F.pad(before[:, -reach:], (0, 0, missing, reach))
+        sums = causal_conv1d(seen, weight)[:, reach:]
+        rows, places = first_tokens(shard, reach)
+        y = y.index_add(1, rows.on(x.device), sums.index_select(1, places.on(x.device)))
+        return F.silu(y)
+
     def _last_token(self, seen: Tensor, weight: Tensor) -> Tensor:
         """``[B, width, C]`` -> ``[B, 1, C]``."""
         dtype = state_dtype(seen.dtype)
@@ -84,6 +107,17 @@ class ShortConvolution(nn.Module):
             y = (seen.to(dtype) * weight.T.to(dtype)).sum(1, keepdim=True)
             y = y if self.bias is None else y + self.bias.to(dtype)
             return F.silu(y).to(seen.dtype)
+
+
+def first_tokens(shard: SequenceShard, count: int) -> tuple[HostIndex, HostIndex]:
+    """Which local tokens are among the first so many of their document, and their positions there."""
+    kept = shard.plans.setdefault(shard, {})
+    key = ("first tokens", count)
+    if key not in kept:
+        inside = shard.document_positions.numpy()
+        rows = np.flatnonzero(inside < count)
+        kept[key] = HostIndex(rows), HostIndex(inside[rows])
+    return kept[key]
 
 
 def check_conv_width(width: int | None) -> None:

@@ -9,7 +9,7 @@ operator gets its place in the graph as usual, and its backward finds its inputs
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ from longtrain.memory.offload import Away, Store
 from longtrain.memory.operators import LAST, Operator, Results
 from longtrain.memory.policies import Policy
 
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
+
 
 def run_block(
-    block: Callable[..., Tensor], x: Tensor, *rest: Any, policy: Policy, tiled: bool = False, store: Store | None = None
-) -> Tensor:
+    block: Callable[..., Result], x: Tensor, *rest: Any, policy: Policy, tiled: bool = False, store: Store | None = None
+) -> Result:
     """``block(x, *rest)``, of which backward keeps what the policy says; the same gradients, bit for bit.
 
-    tiled: whether the last step of the block is a tiled MLP (see `LAST`). store: where what is kept lies until
-    backward; None: where it is.
+    rest: tensors that depend on weights are arguments like x, so that they are kept as it is. tiled: whether the last
+    step of the block is a tiled MLP (see `LAST`). store: where what is kept lies until backward; None: where it is.
     """
     if not policy.recompute or not torch.is_grad_enabled():
         return block(x, *rest)
@@ -37,9 +39,9 @@ def run_block(
     away = store if store is not None and store.kept else None
     contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept, away)} if kept else {}
     with nullcontext() if store is None else store.next_layer():
-        # Inside, torch's checkpoint saves x first and then has hooks of its own for all that the block saves.
+        # Inside, torch's checkpoint saves its tensor arguments first and then has hooks of its own for the block.
         result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
-    return cast(Tensor, result)
+    return cast(Result, result)
 
 
 def _record_and_replay(kept: Sequence[Operator], store: Store | None) -> "tuple[_Record, _Replay]":

@@ -5,12 +5,12 @@ from functools import cached_property
 
 import numpy as np
 
-from longtrain.layers.pattern import Layer, named_layers, with_strategy
+from longtrain.layers.pattern import Layer, with_strategy
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
-from longtrain.recipe import Recipe, degrees, model_vocabulary
+from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
 LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
 
@@ -31,8 +31,7 @@ class Shape:
     @cached_property
     def layers(self) -> list[Layer]:
         recipe = self.recipe
-        layers = with_strategy(recipe.layers, recipe.parallel.strategy)
-        return named_layers(layers, width=recipe.model.width, depth=recipe.model.depth)
+        return recipe_layers(recipe, with_strategy(recipe.layers, recipe.parallel.strategy))
 
     @cached_property
     def vocabulary(self) -> int:
@@ -62,8 +61,8 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on the rank that holds most."""
-        return max(self.shard.lengths)
+        """Of a micro-batch, on the rank that holds most, and its copy of the meta tokens."""
+        return max(self.shard.lengths) + self.recipe.model.meta_tokens
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -76,9 +75,10 @@ class Shape:
 
     @property
     def outer_weights(self) -> int:
-        """Embedding, head and the last norm."""
+        """Embedding, head, meta tokens and the last norm."""
         model = self.recipe.model
-        return self.vocabulary * model.width * (1 if model.tie_embedding else 2) + model.width
+        matrices = 1 if model.tie_embedding else 2
+        return (self.vocabulary * matrices + model.meta_tokens + 1) * model.width
 
     @property
     def weights(self) -> int:

@@ -13,7 +13,10 @@ def loop(world: int, name: str, number: int = 0) -> str:
 LAYERS = "longtrain/layers/"
 CHUNKS, RAT, LIZARD = f"{LAYERS}chunks.py", f"{LAYERS}mixers/rat.py", f"{LAYERS}mixers/lizard.py"
 AVERAGE, CONVOLUTION, MOBA = f"{LAYERS}moving_average.py", f"{LAYERS}long_convolution.py", f"{LAYERS}mixers/moba.py"
+HYMBA, SHORT, MODEL = f"{LAYERS}mixers/hymba.py", f"{LAYERS}short_convolution.py", "longtrain/model.py"
 UNIT, PICKING = f"{LAYERS}gated_unit.py", "parallel/picking.py"
+HYBRID = "tests/layers/test_hymba.py::"
+META = (f"{HYBRID}test_a_model_is_the_papers_loop_on_any_number_of_ranks[1-5]",)
 GRID = "tests/layers/test_chunks.py::test_every_rank_holds_whole_chunks"
 
 MUTATIONS = (
@@ -92,5 +95,59 @@ MUTATIONS = (
         "total[sends[part]] += back[part]",
         "total[sends[part]] = back[part].to(total.dtype)",
         (loop(2, "moba"), loop(3, "moba")),
+    ),
+    Mutation(
+        "hymba-meta-keys-hardly-seen", HYMBA, "torch.sigmoid(weight - lse)", "torch.sigmoid(weight - lse - 9)", META
+    ),
+    Mutation(
+        "hymba-text-begins-where-meta-tokens-do",
+        HYMBA,
+        "where = where + (before + self.meta)",
+        "where = where + before",
+        META,
+    ),
+    Mutation("hymba-documents-start-empty", HYMBA, "o = o + (left *", "o = o + 0 * (left *", META),
+    Mutation("hymba-first-decay-forgotten", HYMBA, "(log_decay.exp() * begins)", "(0 * log_decay + begins)", META),
+    Mutation(
+        "hymba-convolution-starts-empty",
+        SHORT,
+        "sums.index_select(1, places.on(x.device))",
+        "0 * sums.index_select(1, places.on(x.device))",
+        META,
+    ),
+    Mutation(
+        "meta-tokens-of-another-rank-forgotten",
+        MODEL,
+        "self.meta_embedding.to(x.dtype)",
+        "self.meta_embedding.detach()",
+        META,
+    ),
+    Mutation(
+        "shared-keys-without-gradient",
+        MODEL,
+        "(found[0], found[1:])",
+        "(found[0], tuple(part.detach() for part in found[1:]))",
+        META,
+    ),
+    Mutation(
+        "hymba-readers-have-no-meta-keys",
+        HYMBA,
+        "return self._joined(q, near, lse, k[:, :meta], v[:, :meta])",
+        "return self._joined(q, near, lse + 9 * self.share_kv, k[:, :meta], v[:, :meta])",
+        META,
+    ),
+    Mutation(
+        "hymba-attention-not-normalised",
+        HYMBA,
+        "self.attention_norm(attended.flatten(2))",
+        "attended.flatten(2)",
+        (loop(1, "hymba"),),
+    ),
+    Mutation(
+        "hymba-old-keys-overwritten-first",
+        HYMBA,
+        "old = zip(state.cache.in_order(), (keys, values), strict=True)",
+        "old = zip(state.cache.extended(keys, values, ring=True).held(), (keys, values), strict=True)",
+        (f"{HYBRID}test_generation_is_the_parallel_form",),
     ),
 )

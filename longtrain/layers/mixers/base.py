@@ -6,6 +6,7 @@ Which class to take
     StatefulMixer    A RecurrentMixer that generates with constant memory. Write ``scan(x, shard, state)``,
                      ``empty_state`` and ``mixing_flops``; training, prefill, prefill in pieces and steps are all this
                      one method, so they cannot disagree.
+    SharingMixer     Hands tensors on to the mixer of the next layer, which may ask for them (keys and values, say).
 
 A StatefulMixer in outline (``longtrain.layers.recurrence`` has the recurrences; a short convolution's state is its last
 inputs):
@@ -58,6 +59,7 @@ class LayerPlace:
     width: int  # D, the model's width
     index: int  # this layer, from 0
     depth: int  # number of layers
+    meta: int = 0  # learned tokens in front of every document, the model's meta_tokens
 
 
 class Mixer(nn.Module, ABC):
@@ -69,6 +71,13 @@ class Mixer(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Any]]
+
+    takes_meta: ClassVar[bool] = False
+    """Whether a model with it can have meta tokens: x is ``[B, M + T_w, D]`` then, M = ``place.meta`` of them first.
+
+    They come before every document and depend on weights only, so each rank carries its own copy of them, and nothing
+    of them travels; its gradient is that of the rank's own tokens.
+    """
 
     # ---- what a recipe asks for -------------------------------------------------------------------------------------
 
@@ -82,6 +91,18 @@ class Mixer(nn.Module, ABC):
         """Raise a ValueError ``"strategy: got ..., ..."`` when `ranks`, in `rows`, cannot share a sequence this way.
 
         strategy: the recipe's, for mixers that have none of their own.
+        """
+
+    @classmethod
+    def takes_shared(cls, config: Any) -> bool:
+        """Whether it takes what the layer before hands on; both are SharingMixers then."""
+        return False
+
+    @classmethod
+    def check_before(cls, config: Any, before: "tuple[type[Mixer], Any] | None") -> None:
+        """Raise a ValueError ``"<option>: got ..., ..."`` where it cannot take what the layer before hands on.
+
+        Asked only of mixers that take something. before: that layer's mixer and its options; None for the first layer.
         """
 
     # ---- what it costs ----------------------------------------------------------------------------------------------
@@ -148,7 +169,7 @@ class Mixer(nn.Module, ABC):
         """As ``forward`` on one device and one document, with the state after its last token.
 
         x ``[B, T, D]`` -> y ``[B, T, D]`` and the state. state: where an earlier piece of the same text ended (it may
-        be written to: use the one that is returned); None at the text's beginning.
+        be written to: use the one that is returned); None at the text's beginning, where x begins with the meta tokens.
         """
         raise NotImplementedError(f"{self.name} keeps no state: its text is run again for every token")
 
@@ -173,6 +194,38 @@ class RecurrentMixer(Mixer):
     @abstractmethod
     def mix(self, x: Tensor, shard: SequenceShard) -> Tensor:
         """As ``forward``, on a shard whose layout keeps long segments."""
+
+
+Shared = tuple[Tensor, ...]
+"""What a layer hands on to the next one; empty where it does not."""
+
+
+class SharingMixer(Mixer):
+    """A mixer that hands tensors on to the next layer's mixer, which takes them if its ``takes_shared`` says so.
+
+    They go from block to block as arguments and results, so that what is computed again in backward is the same.
+    """
+
+    @abstractmethod
+    def mix_shared(self, x: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
+        """As ``forward``, with what the layer before handed on, and what this one does."""
+
+    @abstractmethod
+    def prefill_shared(self, x: Tensor, shard: SequenceShard, state: Any, shared: Shared) -> tuple[Tensor, Any, Shared]:
+        """As ``prefill``, alike; what is handed on is for these tokens and may be written to by the next call."""
+
+    @abstractmethod
+    def step_shared(self, x: Tensor, state: Any, shared: Shared) -> tuple[Tensor, Any, Shared]:
+        """As ``step``, alike."""
+
+    def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
+        return self.mix_shared(x, shard, ())[0]
+
+    def prefill(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        return self.prefill_shared(x, shard, state, ())[:2]
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.step_shared(x, state, ())[:2]
 
 
 class StatefulMixer(RecurrentMixer):
