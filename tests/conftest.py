@@ -1,6 +1,7 @@
 """Which tests run: `--full` adds those marked `full`, a GPU those marked `gpu`; what is skipped says why."""
 
 import sys
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -32,11 +33,28 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def pytest_sessionfinish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Let modules with a `begin` start what runs long in processes of its own, beside the tests before theirs."""
+    if not session.config.option.collectonly:
+        for module in _modules(session):
+            if hasattr(module, "begin"):
+                module.begin(session)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for module in _modules(session):
+        if hasattr(module, "end"):
+            module.end()
     # The processes that tests share end with the session. None were started if nobody imported the helper.
     helper = sys.modules.get("tests.distributed")
     if helper is not None:
         helper.close_pools()
+
+
+def _modules(session: pytest.Session) -> list[ModuleType]:
+    """The modules of the tests to run, in their order."""
+    return list(dict.fromkeys(item.module for item in session.items if isinstance(item, pytest.Function)))
 
 
 def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:

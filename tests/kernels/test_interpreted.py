@@ -1,46 +1,79 @@
-"""Runs every file of `tests/kernels/interpreted`, each in a process of its own, where Triton interprets its kernels."""
+"""Runs every file of `tests/kernels/interpreted`, each in a process of its own, where Triton interprets its kernels.
+
+That takes minutes of one core per file, so the runs begin with the test session, beside the tests that come before.
+"""
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from tests.distributed import TESTS, run_command
+from tests.distributed import TESTS, running_command
 
-FILES = sorted(path.name for path in (TESTS / "kernels" / "interpreted").glob("test_*.py"))
+FOLDER = TESTS / "kernels" / "interpreted"
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+AT_ONCE = 2
 
-Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]
-
-
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    """All the files' runs, two at a time."""
-    full = request.config.getoption("--full")
-    command = [sys.executable, "-P", "-m", "pytest", "-q", *(["--full"] if full else [])]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    folder = TESTS / "kernels" / "interpreted"
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(
-                run_command, [*command, folder / name], env=environment, cwd=TESTS.parent, timeout=3000 if full else 900
-            )
-            for name in FILES
-        }
-        pool.shutdown(cancel_futures=True)
+_runs: list["Runs"] = []  # of this session: none or one
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+class Runs:
+    """The runs of some files, `AT_ONCE` at a time, each limited to `timeout` seconds; closing ends what still runs."""
+
+    def __init__(self, names: list[str], *, full: bool, timeout: float) -> None:
+        self._command = [sys.executable, "-P", "-m", "pytest", "-q", *(["--full"] if full else [])]
+        self._timeout, self._closed = timeout, threading.Event()
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._results = {name: self._pool.submit(self._run, name) for name in names}
+
+    def result(self, name: str) -> tuple[int | None, str]:
+        """A file's exit status, None if time ran out, and what it printed; waits for its end."""
+        return self._results[name].result()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, name: str) -> tuple[int | None, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            output, end = Path(folder) / "output", time.monotonic() + self._timeout
+            environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+            command = [*self._command, FOLDER / name]
+            with running_command(command, output=output, cwd=TESTS.parent, env=environment) as process:
+                while (status := process.poll()) is None and time.monotonic() < end and not self._closed.wait(0.1):
+                    pass
+            return status, output.read_text(errors="replace")
+
+
+def begin(session: pytest.Session) -> None:
+    """Called by conftest.py before the session's first test."""
+    chosen = {item.name for item in session.items}
+    names = [name for name in FILES if f"{test_kernels_interpreted.__name__}[{name}]" in chosen]
+    if HAS_TRITON and names:
+        full = session.config.getoption("--full")
+        _runs.append(Runs(names, full=full, timeout=3000 if full else 1500))
+
+
+def end() -> None:
+    """Called by conftest.py after the session's last test."""
+    while _runs:
+        _runs.pop().close()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", FILES)
-def test_kernels_interpreted(name: str, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    done = runs[name].result()
-    assert done.returncode == 0, done.stdout
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 0, done.stdout
+def test_kernels_interpreted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed = _runs[0].result(name)
+    assert status == 0, f"exit status {status} (None: time ran out)\n{printed}"
+    passed = re.search(r"(\d+) passed", printed)
+    assert passed is not None and int(passed[1]) > 0, printed
     with capsys.disabled():
         print(f" [{name}: {passed[0]}]", end="")
