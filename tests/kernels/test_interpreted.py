@@ -57,7 +57,7 @@ def begin(session: pytest.Session) -> None:
     chosen = {item.name for item in session.items}
     names = [name for name in FILES if f"{test_kernels_interpreted.__name__}[{name}]" in chosen]
     if HAS_TRITON and names:
-        full = session.config.getoption("--full")
+        full = bool(session.config.getoption("--full"))
         _runs.append(Runs(names, full=full, timeout=3000 if full else 1500))
 
 
