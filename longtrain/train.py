@@ -266,6 +266,7 @@ def _record(result: StepResult, processes: Processes) -> dict[str, Any]:
         "learning_rate": result.learning_rate,
         "gradient_norm": result.gradient_norm,
         "memory_bytes": peak_memory(processes.device),
+        **result.measures,
     }
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain.data import IGNORE, Sequences
 from longtrain.engines import EngineFactory, FSDPEngine, Setup
+from longtrain.measures import Measures
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, learning_rate_factor
 from longtrain.parallel import SequenceShard, sequence_ranks
 
@@ -59,6 +60,7 @@ class StepResult:
     learning_rate: float
     tokens: int  # tokens of the step, over all ranks
     seconds: float
+    measures: dict[str, float] = field(default_factory=dict)  # what the model's modules say about it, by name
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Trainer:
         self.sequence_ranks = sequence_ranks(mesh)
         self.data_degree = mesh["data"].size()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # before they are sharded
+        self._measures = Measures(model.modules())
         self.engine = engine(
             Setup(
                 model=model,
@@ -134,7 +137,7 @@ class Trainer:
         """One optimizer step over the next ``sequences`` sequences."""
         start = time.perf_counter()
         factor = learning_rate_factor(self.schedule, self.step + 1, self.config.steps)
-        loss, norm = self.take_step(self._micro_batches(), factor)
+        loss, norm, means = self.take_step(self._micro_batches(), factor)
         self.step += 1
         self.position += self.config.sequences
         return StepResult(
@@ -144,23 +147,33 @@ class Trainer:
             learning_rate=self.peak_rate * factor,
             tokens=self.config.sequences * self.data.length,
             seconds=time.perf_counter() - start,
+            measures={name: float(mean) for name, mean in zip(self._measures.names, means, strict=True)},
         )
 
-    def take_step(self, micro_batches: list[MicroBatch], rate_factor: float) -> tuple[Tensor, Tensor]:
+    def take_step(
+        self, micro_batches: list[MicroBatch], rate_factor: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Forward, backward and optimizer step on given micro-batches; the device's part of `train_step`.
 
-        Nothing in it waits for a number. Returns the step's loss, float64, and the norm of its gradients.
+        Nothing in it waits for a number. Returns the step's loss, float64, the norm of its gradients, and the means of
+        what the model's modules measure.
         """
         valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches)).clamp_(min=1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.begin(last=number == len(micro_batches))
             loss = self.model(batch.tokens, batch.shard, batch.labels).sum()
+            self._measures.take()
             self.engine.backward(loss, valid)
             total += loss.detach()
         norm = self.engine.step(rate_factor)
-        dist.all_reduce(total)
-        return total / valid, norm
+        if not self._measures.names:
+            dist.all_reduce(total)
+            return total / valid, norm, ()
+        sums = torch.cat((total[None], self._measures.sums(self.device).flatten()))
+        dist.all_reduce(sums)
+        sum_, weight = sums[1:].unflatten(0, (-1, 2)).unbind(1)
+        return sums[0] / valid, norm, (sum_ / weight).unbind()
 
     @torch.no_grad()
     def evaluate(self, data: Sequences, sequences: int) -> Evaluation:

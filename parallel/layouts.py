@@ -126,6 +126,61 @@ class Cuts(Layout):
 
 
 @dataclass(frozen=True)
+class Repeated(Layout):
+    """A sequence cut at `bounds`, `copies` times in a row: rank r holds its run of the first copy, of the second ...
+
+    What has as many keys of its own for each copy (heads that see different tokens, say) is then one sequence, whose
+    copies are documents. bounds: W + 1 whole numbers that never decrease, from 0 to the length of one copy.
+    """
+
+    bounds: tuple[int, ...]
+    copies: int
+    long_segments = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(int(bound) for bound in self.bounds))
+        object.__setattr__(self, "name", f"{self.copies} copies of cuts at {', '.join(map(str, self.bounds[1:-1]))}")
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        starts = np.arange(self.copies, dtype=np.int64) * self.bounds[-1]
+        return np.stack([starts + self.bounds[rank], starts + self.bounds[rank + 1]], axis=1)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        start, stop = self.bounds[rank : rank + 2]
+        copy, inside = np.divmod(positions, max(self.bounds[-1], 1))
+        return copy * (stop - start) + np.clip(inside, start, stop) - start
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.array(self.bounds[1:]), positions % max(self.bounds[-1], 1), side="right")
+
+
+@dataclass(frozen=True, eq=False)
+class Marked(Layout):
+    """Keys that are not the tokens of a sequence but stand in it: `each` keys at every mark, seen from there on.
+
+    Only for the keys of attention, by strategies "ring" and "allgather", which ask no more of a layout than to count:
+    a query at position i of a document sees the keys with marks in it up to i. A chunk's keys marked where the next one
+    begins, say, are seen from outside of the chunk only.
+
+    marks: for each rank int64, never decreasing: positions in its sequence, several of which may be the same.
+    """
+
+    marks: tuple[np.ndarray, ...]
+    each: int
+    name = "marked"
+
+    def runs(self, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        """Its marks, which tell it apart from others: no runs of tokens."""
+        return np.stack([self.marks[rank], self.marks[rank] + self.each], axis=1)
+
+    def count(self, positions: np.ndarray, rank: int, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        return self.each * np.searchsorted(self.marks[rank], positions, side="left").astype(np.int64)
+
+    def owners(self, positions: np.ndarray, world: int, length: int, cu_seqlens: np.ndarray) -> np.ndarray:
+        raise ValueError(f"layout {self.name!r}: its keys have no positions of their own, so no position has an owner")
+
+
+@dataclass(frozen=True)
 class Merged(Layout):
     """`degree` neighbouring ranks of another layout as one: rank r holds what ranks r*degree ... of `base` hold."""
 
@@ -200,19 +255,20 @@ def is_built_in(layout: Layout) -> bool:
     """Whether a layout is one of the library's, whose name says all and which give every position to one rank."""
     if isinstance(layout, Merged):
         return is_built_in(layout.base)
-    return type(layout) in (Contiguous, Zigzag, BlockCyclic, Cuts, Balanced)
+    return type(layout) in (Contiguous, Zigzag, BlockCyclic, Cuts, Repeated, Balanced)
 
 
 def check_partition(layout: Layout, world: int, length: int, cu_seqlens: np.ndarray) -> None:
     """Refuse, with a ValueError, a layout that does not give every position to exactly one rank.
 
-    longtrain's own layouts do by construction and are not looked at; one of the user's own costs O(T) here.
+    longtrain's own layouts do by construction and are not looked at (the keys of `Marked` have no positions of their
+    own); one of the user's costs O(T) here.
     """
     if isinstance(layout, Cuts):
         bounds = layout.bounds
         if len(bounds) != world + 1 or (bounds[0], bounds[-1]) != (0, length) or list(bounds) != sorted(bounds):
             raise ValueError(f"bounds: got {bounds}, expected {world + 1} that never decrease, from 0 to {length}")
-    if is_built_in(layout):
+    if is_built_in(layout) or isinstance(layout, Marked):
         return
     holder = np.full(length, -1, dtype=np.int64)
     for rank in range(world):

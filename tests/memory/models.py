@@ -20,6 +20,7 @@ _OPTIONS = {
     name: {"heads": 4} if "heads" in mixer.Config.__dataclass_fields__ else {} for name, mixer in MIXERS.items()
 }
 _OPTIONS["moba"] |= {"block": 4, "picks": 2}  # so that there is something to pick
+_OPTIONS["natsl"] |= {"chunk": 4}
 
 Traffic = tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]
 """Messages of forward and of backward: how many of each kind and size in bytes."""

@@ -17,6 +17,9 @@ HYMBA, SHORT, MODEL = f"{LAYERS}mixers/hymba.py", f"{LAYERS}short_convolution.py
 UNIT, PICKING = f"{LAYERS}gated_unit.py", "parallel/picking.py"
 HYBRID = "tests/layers/test_hymba.py::"
 META = (f"{HYBRID}test_a_model_is_the_papers_loop_on_any_number_of_ranks[1-5]",)
+NATSL, ROUTING = f"{LAYERS}mixers/natsl.py", f"{LAYERS}routing.py"
+NATSL_TESTS, MEASURES = "tests/layers/test_natsl.py::", "tests/test_measures.py::"
+PICKED = "tests/layers/test_routing.py::"
 GRID = "tests/layers/test_chunks.py::test_every_rank_holds_whole_chunks"
 
 MUTATIONS = (
@@ -149,5 +152,71 @@ MUTATIONS = (
         "old = zip(state.cache.in_order(), (keys, values), strict=True)",
         "old = zip(state.cache.extended(keys, values, ring=True).held(), (keys, values), strict=True)",
         (f"{HYBRID}test_generation_is_the_parallel_form",),
+    ),
+    Mutation(
+        "natsl-own-chunk-left-out",
+        NATSL,
+        "torch.sigmoid(lse - own_lse)",
+        "torch.sigmoid(lse - own_lse + 9)",
+        (loop(1, "natsl"),),
+    ),
+    Mutation(
+        "natsl-choices-without-gradient-in-softmax",
+        NATSL,
+        "lift.movedim(2, 1).flatten()",
+        "lift.detach().movedim(2, 1).flatten()",
+        (loop(1, "natsl"),),
+    ),
+    Mutation(
+        "natsl-choices-without-gradient-in-the-delta-rule",
+        NATSL,
+        "1.0 + lift[..., 1])",
+        "1.0 + lift[..., 1].detach())",
+        (loop(1, "natsl"),),
+    ),
+    Mutation(
+        "natsl-softmax-chunks-write-to-the-state",
+        NATSL,
+        "beta * kept[:, :, None]",
+        "beta + 0 * kept[:, :, None]",
+        (loop(1, "natsl"), loop(2, "natsl")),
+    ),
+    Mutation(
+        "natsl-softmax-chunks-do-not-weaken-the-state",
+        NATSL,
+        "beta * kept[:, :, None], log_decay)",
+        "beta * kept[:, :, None], log_decay * (kept > 0)[:, :, None])",
+        (loop(1, "natsl"),),
+    ),
+    Mutation(
+        "natsl-outputs-not-weighed",
+        NATSL,
+        "weights[..., :1] * self.softmax_norm",
+        "0.5 * self.softmax_norm",
+        (loop(1, "natsl"),),
+    ),
+    Mutation(
+        "natsl-generates-from-the-chunks-own-state",
+        NATSL,
+        "torch.where(chosen[..., None, None], weakened, state.memory)",
+        "state.memory",
+        (f"{MIXERS}test_steps_are_the_parallel_form[float64-1e-10-natsl-0]",),
+    ),
+    Mutation(
+        "routed-keys-seen-from-their-own-chunk",
+        ROUTING,
+        "(number + 1) * chunks.length",
+        "number * chunks.length",
+        (
+            f"{PICKED}test_queries_see_the_picked_keys_of_earlier_chunks_of_their_document",
+            f"{NATSL_TESTS}test_a_choice_has_no_part_in_its_own_chunk",
+        ),
+    ),
+    Mutation(
+        "measures-counted-twice",
+        "longtrain/measures.py",
+        "self._taken = []\n        return",
+        "return",
+        (f"{MEASURES}test_sums_over_layers_and_passes_by_name",),
     ),
 )

@@ -12,6 +12,8 @@ from longtrain.parallel.layouts import (
     Contiguous,
     Cuts,
     Layout,
+    Marked,
+    Repeated,
     Zigzag,
     check_partition,
     count_in_runs,
@@ -69,6 +71,32 @@ def test_cuts_hold_and_count_what_lies_between_their_bounds(cuts: list[int], len
         assert layout.runs(rank, world, length, WHOLE).tolist() == [list(bounds[rank : rank + 2])]
         expected = [owners[:position].count(rank) for position in range(length + 1)]
         assert layout.count(every_position, rank, world, length, WHOLE).tolist() == expected
+
+
+@given(cuts=st.lists(st.integers(0, 9), max_size=4), size=st.integers(9, 12), copies=st.integers(1, 3))
+def test_copies_hold_and_count_what_lies_between_their_bounds(cuts: list[int], size: int, copies: int) -> None:
+    bounds, world, length = (0, *sorted(cuts), size), len(cuts) + 1, copies * size
+    layout, every_position = Repeated(bounds, copies), np.arange(length + 1)
+    check_partition(layout, world, length, WHOLE)
+    one = [max(rank for rank in range(world) if bounds[rank] <= position) for position in range(size)]
+    owners = one * copies
+    assert layout.owners(every_position[:-1], world, length, WHOLE).tolist() == owners
+    for rank in range(world):
+        assert count_in_runs(every_position, layout.runs(rank, world, length, WHOLE)).tolist() == [
+            owners[:position].count(rank) for position in range(length + 1)
+        ]
+        expected = [owners[:position].count(rank) for position in range(length + 1)]
+        assert layout.count(every_position, rank, world, length, WHOLE).tolist() == expected
+
+
+def test_marked_keys_count_from_the_position_after_their_mark() -> None:
+    layout, every_position = Marked((np.array([2, 2, 5]), np.array([], dtype=np.int64)), each=3), np.arange(8)
+    check_partition(layout, 2, 7, WHOLE)
+    assert layout.count(every_position, 0, 2, 7, WHOLE).tolist() == [0, 0, 0, 6, 6, 6, 9, 9]
+    assert not layout.count(every_position, 1, 2, 7, WHOLE).any()
+    assert layout.runs(0, 2, 7, WHOLE)[:, 0].tolist() == [2, 2, 5]
+    with pytest.raises(ValueError, match="layout 'marked': its keys have no positions of their own"):
+        layout.owners(every_position, 2, 7, WHOLE)
 
 
 @pytest.mark.parametrize("bounds", [(0, 9), (0, 5, 8), (1, 5, 9), (0, 7, 5, 9)])

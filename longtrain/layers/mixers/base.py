@@ -32,6 +32,7 @@ House rules for mixers
     - Positions are those inside the document and go on after a state: ``recurrence.positions(shard, x.device, state)``.
     - Norms with a weight are ``longtrain.layers.norm.RMSNorm``. Gates and decays are computed in float32
       (``recurrence.state_dtype``): half precision is too coarse near 1.
+    - What a forward pass should tell in the run's metrics it names in ``measures`` and leaves in ``measured``.
     - ``tests/layers/references/<name>.py`` holds the paper's equations as a loop over tokens; the tests in
       ``tests/layers`` find the mixer and that file by themselves and say what is missing.
 """
@@ -71,6 +72,10 @@ class Mixer(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Any]]
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Numbers about a step, ``<name>.<measure>`` in its metrics: means over tokens, layers and ranks."""
+    measured: dict[str, tuple[float | Tensor, float | Tensor]]
+    """For each, this rank's part (sum, weight) of the mean, from the last forward pass; see `longtrain.measures`."""
 
     takes_meta: ClassVar[bool] = False
     """Whether a model with it can have meta tokens: x is ``[B, M + T_w, D]`` then, M = ``place.meta`` of them first.
