@@ -20,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import longtrain.recipes
-from longtrain import run_folder
+from longtrain import checkpoint, run_folder
 from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import type_name
-from longtrain.recipe import Recipe, check
+from longtrain.linearisation import Source, check_source, differing
+from longtrain.recipe import Recipe, check, model_vocabulary, recipe_layers
 
 RECIPES = Path(longtrain.recipes.__path__[0]).resolve()
 # Any mapping of options is allowed here; the mixers themselves check it.
@@ -64,7 +65,39 @@ def compose(recipe: str, overrides: typing.Sequence[str] = ()) -> Recipe:
         OmegaConf.update(composed, key, value, merge=False)
     if "resume" in given and composed.get("resume") is not None:
         composed = _resumed(composed, given)
-    return from_mapping(composed)
+    made = from_mapping(composed)
+    if made.resume is None:  # a run that goes on may need it no longer
+        source_of(made)
+    return made
+
+
+def source_of(recipe: Recipe) -> Source | None:
+    """The trained model that a recipe starts from, or None; UsageError where the recipe's model cannot."""
+    linearise = recipe.linearise
+    if linearise.from_ is None:
+        if linearise.match_steps:
+            raise UsageError(
+                f"linearise.from: got null with linearise.match_steps = {linearise.match_steps}; linearise.from=RUN "
+                "would work, with the folder of a trained run of softmax layers"
+            )
+        return None
+    folder = Path(linearise.from_)
+    try:
+        other = read_run(folder)
+        taken = checkpoint.latest(folder)
+    except UsageError as error:
+        raise UsageError(f"linearise.from: {error}") from error
+    if taken is None:
+        raise UsageError(f"linearise.from: {folder} has no checkpoint yet; the folder of a run that ended would work")
+    source = Source(taken, folder, other.model, tuple(recipe_layers(other)), model_vocabulary(other))
+    check_source(source, model=recipe.model, layers=recipe_layers(recipe), vocabulary=model_vocabulary(recipe))
+    if linearise.match_steps and not differing(source, recipe_layers(recipe)):
+        raise UsageError(
+            f"layers.pattern: got the layers of linearise.from={folder} with linearise.match_steps = "
+            f"{linearise.match_steps}: there is nothing to match; layers.pattern=gsa or lizard would work, or "
+            "linearise.match_steps=0"
+        )
+    return source
 
 
 def read_run(run_dir: Path) -> Recipe:
@@ -82,11 +115,17 @@ def read_run(run_dir: Path) -> Recipe:
 def _resumed(composed: DictConfig, given: list[str]) -> DictConfig:
     """The configuration of the run to go on with, with only those keys changed that the command line gives."""
     run_dir = Path(composed.resume)
-    saved = OmegaConf.create(dataclasses.asdict(read_run(run_dir)))
+    saved = OmegaConf.create(_as_written(read_run(run_dir)))
     if saved.recipe != composed.recipe:
         raise UsageError(f"resume: {run_dir} was made from recipe {saved.recipe}, not {composed.recipe}")
     if "run_dir" in given and composed.run_dir != composed.resume and composed.run_dir != saved.run_dir:
         raise UsageError(f"run_dir: got {composed.run_dir!r} with resume={run_dir}; a resumed run stays in its folder")
+    stages = "linearise.match_steps"
+    if stages in given and composed.linearise.match_steps != saved.linearise.match_steps:
+        raise UsageError(
+            f"{stages}: got {composed.linearise.match_steps} with resume={run_dir}, which has "
+            f"{saved.linearise.match_steps}; a resumed run keeps its stages"
+        )
     for key in given:
         OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=key not in WHOLE, force_add=True)
     return saved
@@ -104,9 +143,9 @@ def from_mapping(composed: DictConfig) -> Recipe:
     schema = OmegaConf.structured(Recipe)
     _make_writable(schema)
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(plain)))
+        recipe = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(_as_fields(plain, Recipe))))
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
+        key = ".".join(map(written, str(error.full_key or "").split(".")))
         value, kind = OmegaConf.select(composed, key), _keys(Recipe).get(key)
         raise UsageError(
             f"{key}: got {value!r}, expected {type_name(kind) if kind else 'a value of another type'}"
@@ -118,7 +157,28 @@ def from_mapping(composed: DictConfig) -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole resolved recipe as YAML, which `from_mapping` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(recipe)))
+
+
+def written(field: str) -> str:
+    """The key that a recipe has for a field: its name, but for `from_`, since `from` is a word of Python's."""
+    return field.removesuffix("_")
+
+
+def _as_written(section: Any) -> dict[str, Any]:
+    """A tree of dataclasses as mappings with the recipe's keys."""
+    values = {written(field.name): getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {key: _as_written(value) if dataclasses.is_dataclass(value) else value for key, value in values.items()}
+
+
+def _as_fields(given: dict[Any, Any], kind: type) -> dict[str, Any]:
+    """The recipe's keys as the fields of a tree of dataclasses."""
+    hints = {written(name): (name, hint) for name, hint in typing.get_type_hints(kind).items()}
+    fields: dict[str, Any] = {}
+    for key, value in given.items():
+        name, hint = hints[key]
+        fields[name] = _as_fields(value, typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else value
+    return fields
 
 
 def _make_writable(node: DictConfig) -> None:
@@ -197,7 +257,7 @@ def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(hint):
             keys |= _keys(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            keys[prefix + name] = hint
+            keys[prefix + written(name)] = hint
     return keys
 
 
@@ -209,7 +269,7 @@ def _no_such_key(key: str) -> UsageError:
 
 
 def _refuse_unknown(given: dict[Any, Any], kind: type, prefix: str) -> None:
-    hints = typing.get_type_hints(kind)
+    hints = {written(name): hint for name, hint in typing.get_type_hints(kind).items()}
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name == "_target_":

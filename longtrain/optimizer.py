@@ -65,7 +65,7 @@ class Optimizers:
 
     def __init__(self, config: OptimizerConfig, model: nn.Module) -> None:
         self.model = model
-        named = list(model.named_parameters())
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = {name for name, p in named if p.ndim >= 2 and "embedding" not in name}
         # A stack of short filters, [C, 1, width], is no matrix that could be made orthogonal.
         flat = {name for name, p in named if name in matrices and p.ndim == 2 and "blocks." in name}

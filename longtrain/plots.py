@@ -27,7 +27,8 @@ def plot_loss(metrics_path: Path, png_path: Path) -> None:
     """Draw the training loss of every step, its running mean, and the held-out losses, from a metrics.jsonl."""
     records = read_metrics(metrics_path)
     steps = np.array([record["step"] for record in records], dtype=np.float64)
-    losses = _numbers([record.get("loss") for record in records])
+    # While layers are matched the loss is another one.
+    losses = _numbers([record.get("loss") if "objective" not in record else None for record in records])
     held_out = _numbers([record.get("held_out_loss") for record in records])
 
     figure = _figure(height=4.0)

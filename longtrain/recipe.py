@@ -22,6 +22,7 @@ from longtrain.engines import (
 )
 from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import Layer, LayersConfig, named_layers, takes_strategy
+from longtrain.linearisation import LineariseConfig, check_linearise
 from longtrain.memory import MemoryConfig, check_memory, layer_policies
 from longtrain.model import ModelConfig
 from longtrain.optimizer import OptimizerConfig, ScheduleConfig, check_optimizer
@@ -93,13 +94,15 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    linearise: LineariseConfig = field(default_factory=LineariseConfig)
 
 
 def check(recipe: Recipe) -> None:
     """Refuse what has the right type and still cannot work."""
     _at_least("seed", recipe.seed, 0)
     _at_most("seed", recipe.seed, 2**63 - 1)
-    for key, value in (("run_dir", recipe.run_dir), ("resume", recipe.resume)):
+    folders = (("run_dir", recipe.run_dir), ("resume", recipe.resume), ("linearise.from", recipe.linearise.from_))
+    for key, value in folders:
         if value == "":
             raise UsageError(f"{key}: got an empty name, expected a folder (null: none given)")
     _one_of("engine", recipe.engine, ENGINES)
@@ -127,6 +130,7 @@ def check(recipe: Recipe) -> None:
             _at_least(key, value, 1)
     _check_trainer(recipe.trainer)
     _check_engine(recipe)
+    check_linearise(recipe.linearise, steps=recipe.trainer.steps, engine=recipe.engine)
     check_optimizer(recipe.optimizer, recipe.schedule)
     try:
         layout_named(recipe.parallel.layout)

@@ -24,18 +24,28 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain import checkpoint, plots, run_folder
-from longtrain.config import compose, to_yaml
+from longtrain.config import compose, source_of, to_yaml
 from longtrain.data import Sequences, build_data
 from longtrain.engines import PRECISIONS, DeepSpeedEngine, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
 from longtrain.layers.pattern import describe_layers, with_strategy
+from longtrain.linearisation import (
+    MATCH,
+    MatchingDecoder,
+    Source,
+    hand_over,
+    load_weights,
+    matched,
+    optimizer_while_matching,
+    teachers,
+)
 from longtrain.memory import idle_offload
-from longtrain.metrics import MetricsWriter
+from longtrain.metrics import METRICS, MetricsWriter, read_metrics
 from longtrain.model import Decoder
 from longtrain.parallel import build_mesh
-from longtrain.recipe import Recipe, degrees
+from longtrain.recipe import Recipe, degrees, recipe_layers
 from longtrain.screen import Screen
-from longtrain.trainer import Evaluation, StepResult, Trainer
+from longtrain.trainer import LANGUAGE_MODEL, Evaluation, StepResult, Trainer
 
 Result = TypeVar("Result")
 
@@ -95,9 +105,9 @@ def joined(recipe: Recipe) -> Iterator[Processes]:
 def train(recipe: Recipe, processes: Processes) -> None:
     """The whole run: data, model, steps with evaluations and checkpoints, summary and plots."""
     training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
-    trainer = build_trainer(recipe, processes, training)
+    trainer = begin(recipe, processes, training)
     run_dir = on_first_rank(lambda: _open_run(recipe, processes))
-    seconds = _go_on(recipe, trainer, run_dir) if recipe.resume is not None else 0.0
+    seconds = _resume(recipe, trainer, run_dir) if recipe.resume is not None else 0.0
     with Screen(enabled=processes.first) as screen:
         screen.start(recipe.trainer.steps, trainer.step, _headline(recipe, processes, trainer, training, run_dir))
         metrics = MetricsWriter(run_dir, resume_step=trainer.step) if processes.first else None
@@ -107,6 +117,9 @@ def train(recipe: Recipe, processes: Processes) -> None:
             seconds += result.seconds
             last = result.step == recipe.trainer.steps
             record = _record(result, processes)
+            if result.step <= recipe.linearise.match_steps:
+                record["objective"] = "match"
+            trainer = go_on(recipe, processes, training, trainer)
             if last or _due(result.step, recipe.trainer.evaluate_every):
                 evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
                 record |= held_out_record(evaluation)
@@ -120,25 +133,27 @@ def train(recipe: Recipe, processes: Processes) -> None:
         summary = _summary(recipe, processes, trainer, seconds) | held_out_record(evaluation)
         if metrics is not None:
             metrics.close()
+            summary |= matched(read_metrics(run_dir / METRICS), recipe.linearise.match_steps)
             _finish(run_dir, summary, evaluation, screen)
     trainer.close()
     dist.barrier()  # no rank leaves, and takes its end of the connections with it, before the run folder is whole
 
 
-def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
-    """The trainer of a recipe, on these processes; every rank makes the same weights from the seed."""
-    torch.manual_seed(recipe.seed)
-    with processes.device:
-        model = Decoder(
-            recipe.model,
-            with_strategy(recipe.layers, recipe.parallel.strategy),
-            vocabulary=recipe.model.vocabulary or training.vocabulary,
-            memory=recipe.memory,
-        )
+def build_trainer(
+    recipe: Recipe, processes: Processes, training: Sequences, *, source: Source | None = None, matching: bool = False
+) -> Trainer:
+    """The trainer of a recipe, on these processes; every rank makes the same weights from the seed.
+
+    source: the trained run that the recipe starts from, to start from it; matching: with its first stage.
+    """
+    stage = recipe.linearise.match_steps
+    model = _model(recipe, processes.device, training.vocabulary, source, matching=matching)
     return Trainer(
         model,
-        config=recipe.trainer,
-        optimizer=recipe.optimizer,
+        config=dataclasses.replace(recipe.trainer, steps=stage) if matching else recipe.trainer,
+        optimizer=optimizer_while_matching(recipe.optimizer, recipe.linearise) if matching else recipe.optimizer,
+        objective=MATCH if matching else LANGUAGE_MODEL,
+        first=0 if matching else stage,
         schedule=recipe.schedule,
         data=training,
         mesh=processes.mesh,
@@ -147,6 +162,48 @@ def build_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
         prepare=partial(model.prepare, device=processes.device, dtype=PRECISIONS[recipe.trainer.precision]),
         engine=engine_of(recipe),
     )
+
+
+def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source | None, *, matching: bool) -> Decoder:
+    """The recipe's model, weights from the seed or a trained run; matching: with that run's mixers beside its own."""
+    torch.manual_seed(recipe.seed)
+    vocabulary = recipe.model.vocabulary or vocabulary
+    layers = with_strategy(recipe.layers, recipe.parallel.strategy)
+    with device:
+        if source is not None and matching:
+            old = teachers(source, recipe_layers(recipe))
+            torch.manual_seed(recipe.seed)  # making these has drawn numbers
+            model = MatchingDecoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory, teachers=old)
+        else:
+            model = Decoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory)
+        if source is not None:
+            load_weights(model, source, recipe_layers(recipe))
+    return model
+
+
+def begin(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
+    """The trainer of the stage that comes next: of a run that goes on, its checkpoint says which."""
+    step = 0
+    if recipe.resume is not None and recipe.linearise.from_ is not None:
+        step = on_first_rank(lambda: _step_of(Path(cast(str, recipe.resume))))
+    matching = step < recipe.linearise.match_steps
+    source = everywhere(lambda: source_of(recipe)) if matching or step == 0 else None
+    return build_trainer(recipe, processes, training, source=source, matching=matching)
+
+
+def go_on(recipe: Recipe, processes: Processes, training: Sequences, trainer: Trainer) -> Trainer:
+    """The trainer of the next step: the same, but after matching one of the same weights that has no old mixers."""
+    if trainer.step != recipe.linearise.match_steps or trainer.step in (0, recipe.trainer.steps):
+        return trainer
+    following = build_trainer(recipe, processes, training)
+    hand_over(trainer, following)
+    return following
+
+
+def _step_of(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 without one."""
+    folder = checkpoint.latest(run_folder.open_existing(run_dir))
+    return 0 if folder is None else int(checkpoint.read_numbers(folder)["step"])
 
 
 def engine_of(recipe: Recipe) -> EngineFactory:
@@ -204,7 +261,7 @@ def _tell_deepspeed(device: torch.device) -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
 
 
-def _go_on(recipe: Recipe, trainer: Trainer, run_dir: Path) -> float:
+def _resume(recipe: Recipe, trainer: Trainer, run_dir: Path) -> float:
     """Restore a run, then keep what it goes on with as its configuration: a refusal leaves the folder as it was."""
     seconds = everywhere(lambda: restore(trainer, run_dir))
     going_on = dataclasses.replace(recipe, run_dir=str(run_dir), resume=None)

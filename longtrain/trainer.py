@@ -51,11 +51,29 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a step makes smaller: the sum of what a model says of a rank's tokens, over a number of them all.
+
+    losses: of the model and a micro-batch, any shape: this rank's part of the sum. count: of a micro-batch's whole
+    sequence, the numbers that a mean is over.
+    """
+
+    losses: Callable[[nn.Module, MicroBatch], Tensor]
+    count: Callable[[MicroBatch], int]
+
+
+LANGUAGE_MODEL = Objective(
+    losses=lambda model, batch: model(batch.tokens, batch.shard, batch.labels), count=lambda batch: batch.valid
+)
+"""The negative log-likelihood of each label."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one step reports."""
 
     step: int
-    loss: float  # nats per valid token of the step
+    loss: float  # the objective, by default nats per valid token of the step
     gradient_norm: float  # before clipping
     learning_rate: float
     tokens: int  # tokens of the step, over all ranks
@@ -90,6 +108,8 @@ class Trainer:
         mesh: over all ranks, as `longtrain.parallel.build_mesh` makes it.
         layout: how each sequence is spread over the sequence group.
         engine: makes what shards the weights and takes the steps; `longtrain.engines` has them.
+        objective: what the steps make smaller.
+        first: steps that others have taken before: the schedule runs from there to ``config.steps``.
     """
 
     def __init__(
@@ -105,15 +125,18 @@ class Trainer:
         blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
         prepare: Callable[[SequenceShard], None] = lambda shard: None,
         engine: EngineFactory = FSDPEngine,
+        objective: Objective = LANGUAGE_MODEL,
+        first: int = 0,
     ) -> None:
-        self._prepare = prepare
+        self._prepare, self._objective, self._first = prepare, objective, first
         self.config, self.schedule, self.peak_rate = config, schedule, optimizer.learning_rate
         self.data, self.layout = data, layout
         self.device = torch.device(mesh.device_type)
         self.data_group, self.data_rank = mesh.get_group("data"), mesh.get_local_rank("data")
         self.sequence_ranks = sequence_ranks(mesh)
         self.data_degree = mesh["data"].size()
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # before they are sharded
+        # Before they are sharded.
+        self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self._measures = Measures(model.modules())
         self.engine = engine(
             Setup(
@@ -136,7 +159,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over the next ``sequences`` sequences."""
         start = time.perf_counter()
-        factor = learning_rate_factor(self.schedule, self.step + 1, self.config.steps)
+        factor = learning_rate_factor(self.schedule, self.step + 1 - self._first, self.config.steps - self._first)
         loss, norm, means = self.take_step(self._micro_batches(), factor)
         self.step += 1
         self.position += self.config.sequences
@@ -158,11 +181,11 @@ class Trainer:
         Nothing in it waits for a number. Returns the step's loss, float64, the norm of its gradients, and the means of
         what the model's modules measure.
         """
-        valid = self._sum_over_data_ranks(sum(batch.valid for batch in micro_batches)).clamp_(min=1)
+        valid = self._sum_over_data_ranks(sum(map(self._objective.count, micro_batches))).clamp_(min=1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.begin(last=number == len(micro_batches))
-            loss = self.model(batch.tokens, batch.shard, batch.labels).sum()
+            loss = self._objective.losses(self.model, batch).sum()
             self._measures.take()
             self.engine.backward(loss, valid)
             total += loss.detach()

@@ -34,6 +34,7 @@ from tests.mutated import (
     engines,
     launchers,
     linear_mixers,
+    linearisation,
     memory,
     planning,
     softmax_kernels,
@@ -53,6 +54,7 @@ MUTATIONS = (
     + triton_kernels.MUTATIONS
     + softmax_kernels.MUTATIONS
     + linear_mixers.MUTATIONS
+    + linearisation.MUTATIONS
     + engines.MUTATIONS
     + memory.MUTATIONS
     + launchers.MUTATIONS

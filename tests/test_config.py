@@ -13,8 +13,13 @@ from longtrain.run_folder import create, write_config
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_composes_and_survives_its_yaml(name: str) -> None:
-    recipe = compose(name)
+def test_every_recipe_composes_and_survives_its_yaml(name: str, tmp_path: Path) -> None:
+    given = []
+    if name.startswith("linearise_"):  # from the folder of a run that has a checkpoint
+        run = made_run(tmp_path / "run", "layers.pattern=softmax")
+        (run / "checkpoints/step-00000001").mkdir(parents=True)
+        given = [f"linearise.from={run}"]
+    recipe = compose(name, given)
     assert recipe.recipe == name
     assert from_mapping(OmegaConf.create(to_yaml(recipe))) == recipe  # type: ignore[arg-type]
 

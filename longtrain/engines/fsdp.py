@@ -67,7 +67,8 @@ class FSDPEngine(Engine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        weights: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        named = self.model.named_parameters()
+        weights: dict[str, Tensor] = {f"model.{name}": p for name, p in named if p.requires_grad}
         return weights | self.optimizers.tensors()
 
     def loaded(self, tensors: dict[str, Tensor]) -> None:

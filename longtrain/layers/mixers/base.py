@@ -38,7 +38,7 @@ House rules for mixers
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longtrain.layers.taking import Takes
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.linear.calls import STRATEGIES
 
@@ -76,6 +77,8 @@ class Mixer(nn.Module, ABC):
     """Numbers about a step, ``<name>.<measure>`` in its metrics: means over tokens, layers and ranks."""
     measured: dict[str, tuple[float | Tensor, float | Tensor]]
     """For each, this rank's part (sum, weight) of the mean, from the last forward pass; see `longtrain.measures`."""
+    takes_from: ClassVar[Mapping[str, Takes]] = {}
+    """By another mixer's name, which weights of a trained one it can start from (``longtrain.linearisation``)."""
 
     takes_meta: ClassVar[bool] = False
     """Whether a model with it can have meta tokens: x is ``[B, M + T_w, D]`` then, M = ``place.meta`` of them first.

@@ -1,5 +1,7 @@
 """Gated slot attention: softmax attention over a fixed number of slots that tokens are written into."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -7,9 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.mixers.base import (
+    Boundaries,
+    LayerPlace,
+    StatefulMixer,
+    check_choice,
+    check_heads,
+    check_scan_strategy,
+)
 from longtrain.layers.norm import RMSNorm
-from longtrain.layers.recurrence import scan_slot_attention, state_dtype
+from longtrain.layers.recurrence import positions, scan_slot_attention, state_dtype
+from longtrain.layers.rotary import rotate
+from longtrain.layers.taking import HEADS, PROJECTIONS, Takes
 from longtrain.parallel import SequenceShard
 
 
@@ -18,13 +29,26 @@ class GatedSlotConfig:
     """Options of the gsa mixer."""
 
     heads: int = 4  # H
+    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
     head_width: int | None = None  # K and V; None: width / heads
     slots: int = 64  # M, for each head
     damping: float = 8.0  # the root that is taken of a slot's forget gate: larger forgets more slowly
+    # What q, k, v and the heads' outputs pass through: silu, and then outputs are normalised; or none, as in a softmax
+    # layer: the slots are its keys and values, scores are divided by sqrt(K), and nothing is normalised.
+    activation: str = "silu"
+    rope_base: float | None = None  # q and k are rotated as in softmax, with this base; None: they are not
+    spread: bool = False  # forget gates have biases, at first such that slots forget within 1 to 4,000 tokens
     strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
 
     def key_width(self, width: int) -> int:
         return width // self.heads if self.head_width is None else self.head_width
+
+
+ACTIVATIONS = ("silu", "none")
 
 
 class GatedSlotState(NamedTuple):
@@ -32,6 +56,7 @@ class GatedSlotState(NamedTuple):
 
     keys: Tensor  # A [B, H, K, M]
     values: Tensor  # C [B, H, M, V]
+    position: int  # tokens so far
 
 
 class GatedSlotMixer(StatefulMixer):
@@ -43,15 +68,27 @@ class GatedSlotMixer(StatefulMixer):
     "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", equations 7 to 10 and section 3.3: what a slot
     holds is a running average of keys and of values; q, k and v pass through SiLU. Time and memory per token do not
     grow with the sequence.
+
+    A trained softmax layer becomes one with ``activation: none`` and its own heads (section 4.3 does so with 7B
+    weights): q, k, v and the output projection stay, and queries find averages of keys where there were keys.
     """
 
     name: ClassVar[str] = "gsa"
     Config: ClassVar[type[GatedSlotConfig]] = GatedSlotConfig
+    takes_from: ClassVar[Mapping[str, Takes]] = dict.fromkeys(("softmax", "sliding_window"), Takes(PROJECTIONS, HEADS))
 
     @classmethod
     def check(cls, config: GatedSlotConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
         check_heads(config.heads, config.head_width, place)
+        check_choice("activation", config.activation, ACTIVATIONS)
+        if config.groups < 1 or config.heads % config.groups:
+            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
+        width = config.key_width(place.width)
+        if config.rope_base is not None and not config.rope_base > 1:
+            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1 (null: q and k are not rotated)")
+        if config.rope_base is not None and width % 2:
+            raise ValueError(f"head_width: got {width}, rotary positions need an even number from 2 on")
         if config.slots < 1:
             raise ValueError(f"slots: got {config.slots}, it must be at least 1")
         if not 0 < config.damping < float("inf"):
@@ -65,27 +102,54 @@ class GatedSlotMixer(StatefulMixer):
     def __init__(self, config: GatedSlotConfig, place: LayerPlace) -> None:
         super().__init__(config, place)
         self.check(config, place)
-        self.heads, self.slots, self.damping = config.heads, config.slots, config.damping
-        self.key_width = config.key_width(place.width)
+        self.heads, self.groups, self.slots = config.heads, config.groups, config.slots
+        self.key_width, self.damping, self.rope_base = config.key_width(place.width), config.damping, config.rope_base
         inner = self.heads * self.key_width
-        self.qkv = nn.Linear(place.width, 3 * inner, bias=False)
-        self.forget = nn.Linear(place.width, self.heads * self.slots, bias=False)
-        self.norm = RMSNorm(inner, eps=1e-6)
+        self.qkv = nn.Linear(place.width, inner + 2 * self.groups * self.key_width, bias=False)
+        self.forget = nn.Linear(place.width, self.heads * self.slots, bias=config.spread)
+        if config.spread:
+            self.forget.bias = nn.Parameter(_spread(self.slots, config.damping).repeat(self.heads))
+        # Without an activation everything is as a softmax layer has it.
+        self.norm = RMSNorm(inner, eps=1e-6) if config.activation == "silu" else None
         self.out = nn.Linear(inner, place.width, bias=False)
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> GatedSlotState:
         keys = torch.zeros(batch, self.heads, self.key_width, self.slots, device=device, dtype=state_dtype(dtype))
-        return GatedSlotState(keys, keys.transpose(2, 3).clone())
+        return GatedSlotState(keys, keys.transpose(2, 3).clone(), 0)
 
     def scan(
         self, x: Tensor, shard: SequenceShard, state: GatedSlotState | None
     ) -> tuple[Tensor, GatedSlotState | None]:
-        q, k, v = (z.unflatten(-1, (self.heads, self.key_width)) for z in F.silu(self.qkv(x)).chunk(3, dim=-1))
+        projected = self.qkv(x)
+        heads = (projected if self.norm is None else F.silu(projected)).unflatten(-1, (-1, self.key_width))
+        q, k, v = heads.split((self.heads, self.groups, self.groups), dim=2)
+        if self.rope_base is not None:
+            where = positions(shard, x.device, state)
+            q, k = (rotate(z, where, base=self.rope_base) for z in (q, k))
         forget = self.forget(x)
         log_decay = F.logsigmoid(forget.to(state_dtype(forget.dtype))) / self.damping
         log_decay = log_decay.unflatten(-1, (self.heads, self.slots))
         # 1 - exp(x), which keeps its digits where next to nothing is written.
         write = -torch.expm1(log_decay)
-        o, after = scan_slot_attention(q, k, v, write, log_decay, shard, state, scale=1.0, strategy=self.strategy)
-        y = self.out(self.norm(F.silu(o).flatten(2)))
-        return y, None if after is None else GatedSlotState(*after)
+        o, after = scan_slot_attention(
+            q,
+            k,
+            v.repeat_interleave(self.heads // self.groups, 2),
+            write,
+            log_decay,
+            shard,
+            None if state is None else (state.keys, state.values),
+            scale=None if self.norm is None else 1.0,
+            strategy=self.strategy,
+        )
+        y = self.out(o.flatten(2) if self.norm is None else self.norm(F.silu(o).flatten(2)))
+        if state is None or after is None:
+            return y, None
+        return y, GatedSlotState(*after, state.position + x.shape[1])
+
+
+def _spread(slots: int, damping: float) -> Tensor:
+    """Biases ``[M]`` with which slots, where nothing is said about a token, forget within 1.1 to 4,000 tokens."""
+    lives = torch.logspace(math.log10(1.1), math.log10(4000.0), slots)
+    kept = damping * torch.log1p(-1 / lives)  # log sigmoid(bias)
+    return kept - torch.log(-torch.expm1(kept))

@@ -1,5 +1,6 @@
 """Lizard: gated linear attention for the far past, a softmax window with learned memory for the near."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from longtrain.layers.mixers.base import (
 from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention, state_dtype
 from longtrain.layers.rotary import rotate
+from longtrain.layers.taking import HEADS, PROJECTIONS, Takes
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
 
 
@@ -74,6 +76,9 @@ class LizardMixer(RecurrentMixer):
 
     name: ClassVar[str] = "lizard"
     Config: ClassVar[type[LizardConfig]] = LizardConfig
+    takes_from: ClassVar[Mapping[str, Takes]] = dict.fromkeys(
+        ("softmax", "sliding_window"), Takes(PROJECTIONS, HEADS | {"rope_base": "rope_base"})
+    )
 
     @classmethod
     def check(cls, config: LizardConfig, place: LayerPlace) -> None:

@@ -1,5 +1,6 @@
 """Softmax attention with rotary positions and grouped heads, the mixer of Llama-shaped models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixe
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.pamm import PammLinear
 from longtrain.layers.rotary import rotate
+from longtrain.layers.taking import HEADS, PROJECTIONS, Takes
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
 from longtrain.parallel.attention.cost import Heads
@@ -84,6 +86,12 @@ class KeyValueCache(NamedTuple):
         return KeyValueCache(keys, values, end)
 
 
+_OF_ITS_KIND = Takes(
+    PROJECTIONS | {name: name for name in ("q_norm.weight", "k_norm.weight", "sinks")},
+    HEADS | {"rope_base": "rope_base"},
+)
+
+
 class SoftmaxMixer(Mixer):
     """Causal softmax attention: ``y = W_o softmax(R(q) R(k)^T / sqrt(K)) v`` ("Attention Is All You Need", equation 1).
 
@@ -98,6 +106,7 @@ class SoftmaxMixer(Mixer):
 
     name: ClassVar[str] = "softmax"
     Config: ClassVar[type[SoftmaxConfig]] = SoftmaxConfig
+    takes_from: ClassVar[Mapping[str, Takes]] = dict.fromkeys(("softmax", "sliding_window"), _OF_ITS_KIND)
 
     @classmethod
     def check(cls, config: SoftmaxConfig, place: LayerPlace) -> None:
