@@ -12,7 +12,8 @@ export PYTHONSAFEPATH := 1
 help:
 	@echo "make quickstart   install what is needed, train a small hybrid model, evaluate it, let it write"
 	@echo "make test         install what is needed, run every check"
-	@echo "make test-full    the same with the tests that take long"
+	@echo "make test-full    the same with the tests that take long, whole products of cases: many hours;"
+	@echo "                  make test-full PART=3/200 takes every 200th test, from the third on"
 	@echo "make lint         ruff, types and import rules only"
 	@echo "make format       let ruff format and mend what it can"
 
@@ -31,8 +32,8 @@ test: lint
 	@$(VENV_PYTHON) -m pytest
 
 test-full: lint
-	@echo "==> pytest --full"
-	@$(VENV_PYTHON) -m pytest --full
+	@echo "==> pytest --full $(if $(PART),--part $(PART))"
+	@$(VENV_PYTHON) -m pytest --full $(if $(PART),--part $(PART))
 
 lint: install-test
 	@echo "==> ruff check"

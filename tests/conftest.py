@@ -1,5 +1,6 @@
 """Which tests run: `--full` adds those marked `full`, a GPU those marked `gpu`; what is skipped says why."""
 
+import argparse
 import sys
 from types import ModuleType
 
@@ -13,6 +14,7 @@ hypothesis.settings.load_profile("longtrain")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too (make test-full)")
+    parser.addoption("--part", type=_part, metavar="K/N", help="run the K-th of N parts, every N-th test, K from 1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,6 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         if not torch.cuda.is_available():
             _skip(items, "gpu", "needs a GPU")
+    if (part := config.getoption("--part")) is not None:
+        number, parts = part
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != number - 1])
+        items[:] = items[number - 1 :: parts]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +56,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     helper = sys.modules.get("tests.distributed")
     if helper is not None:
         helper.close_pools()
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected K/N with 1 <= K <= N, such as 3/20")
+    return int(number), int(parts)
 
 
 def _modules(session: pytest.Session) -> list[ModuleType]:
