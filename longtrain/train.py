@@ -105,7 +105,7 @@ def joined(recipe: Recipe) -> Iterator[Processes]:
 def train(recipe: Recipe, processes: Processes) -> None:
     """The whole run: data, model, steps with evaluations and checkpoints, summary and plots."""
     training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
-    trainer = begin(recipe, processes, training)
+    trainer = first_trainer(recipe, processes, training)
     run_dir = on_first_rank(lambda: _open_run(recipe, processes))
     seconds = _resume(recipe, trainer, run_dir) if recipe.resume is not None else 0.0
     with Screen(enabled=processes.first) as screen:
@@ -119,7 +119,7 @@ def train(recipe: Recipe, processes: Processes) -> None:
             record = _record(result, processes)
             if result.step <= recipe.linearise.match_steps:
                 record["objective"] = "match"
-            trainer = go_on(recipe, processes, training, trainer)
+            trainer = next_trainer(recipe, processes, training, trainer)
             if last or _due(result.step, recipe.trainer.evaluate_every):
                 evaluation = trainer.evaluate(held_out, recipe.trainer.evaluate_sequences)
                 record |= held_out_record(evaluation)
@@ -181,7 +181,7 @@ def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source
     return model
 
 
-def begin(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
+def first_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
     """The trainer of the stage that comes next: of a run that goes on, its checkpoint says which."""
     step = 0
     if recipe.resume is not None and recipe.linearise.from_ is not None:
@@ -191,7 +191,7 @@ def begin(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
     return build_trainer(recipe, processes, training, source=source, matching=matching)
 
 
-def go_on(recipe: Recipe, processes: Processes, training: Sequences, trainer: Trainer) -> Trainer:
+def next_trainer(recipe: Recipe, processes: Processes, training: Sequences, trainer: Trainer) -> Trainer:
     """The trainer of the next step: the same, but after matching one of the same weights that has no old mixers."""
     if trainer.step != recipe.linearise.match_steps or trainer.step in (0, recipe.trainer.steps):
         return trainer

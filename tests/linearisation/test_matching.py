@@ -17,7 +17,7 @@ from longtrain.generation import load_model
 from longtrain.model import Block
 from longtrain.parallel import SequenceShard
 from longtrain.recipe import recipe_layers
-from longtrain.train import begin, go_on, save
+from longtrain.train import first_trainer, next_trainer, save
 from longtrain.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.linearisation.runs import NEW, SOFTMAX, overrides, processes_of, trained
@@ -42,11 +42,11 @@ def started(rank: int, world: int, name: str, given: Sequence[str], steps: int) 
     recipe = compose(f"linearise_{name}", [f"launch.processes={world}", *given])
     training, _ = build_data(recipe.data, seed=recipe.seed)
     processes = processes_of(recipe, rank, world)
-    trainer, losses = begin(recipe, processes, training), []
+    trainer, losses = first_trainer(recipe, processes, training), []
     before = whole(trainer)
     for _ in range(steps):
         losses.append(trainer.train_step().loss)
-        trainer = go_on(recipe, processes, training, trainer)
+        trainer = next_trainer(recipe, processes, training, trainer)
     after = whole(trainer)
     trainer.close()
     return [before, after, losses]
@@ -134,10 +134,10 @@ def rates_of(rank: int, world: int, given: Sequence[str]) -> list[float]:
     recipe = compose("linearise_gsa", ["launch.processes=1", *given])
     training, _ = build_data(recipe.data, seed=recipe.seed)
     processes = processes_of(recipe, rank, world)
-    trainer, rates = begin(recipe, processes, training), []
+    trainer, rates = first_trainer(recipe, processes, training), []
     for _ in range(6):
         rates.append(trainer.train_step().learning_rate)
-        trainer = go_on(recipe, processes, training, trainer)
+        trainer = next_trainer(recipe, processes, training, trainer)
     trainer.close()
     return rates
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_matching_is_one_of_the_model_alone(run: Path, tmp_path:
 def saved(rank: int, world: int, given: Sequence[str], folder: Path) -> list[str]:
     recipe = compose("linearise_lizard", ["launch.processes=1", *given])
     training, _ = build_data(recipe.data, seed=recipe.seed)
-    trainer = begin(recipe, processes_of(recipe, rank, world), training)
+    trainer = first_trainer(recipe, processes_of(recipe, rank, world), training)
     trainer.train_step()
     save(trainer, folder, recipe, 0.0)
     trainer.close()
