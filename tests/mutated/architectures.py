@@ -200,7 +200,7 @@ MUTATIONS = (
         NATSL,
         "torch.where(chosen[..., None, None], weakened, state.memory)",
         "state.memory",
-        (f"{MIXERS}test_steps_are_the_parallel_form[float64-1e-10-natsl-0]",),
+        (f"{MIXERS}test_steps_are_the_parallel_form[dtype0-1e-10-natsl-0]",),
     ),
     Mutation(
         "routed-keys-seen-from-their-own-chunk",
@@ -218,5 +218,12 @@ MUTATIONS = (
         "self._taken = []\n        return",
         "return",
         (f"{MEASURES}test_sums_over_layers_and_passes_by_name",),
+    ),
+    Mutation(
+        "measures-of-one-rank-only",
+        "longtrain/trainer.py",
+        "dist.all_reduce(sums)",
+        "dist.all_reduce(sums[:1])",
+        (f"{MEASURES}test_the_first_steps_share_is_what_weights_and_tokens_say",),
     ),
 )
