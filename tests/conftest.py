@@ -67,7 +67,8 @@ def _part(text: str) -> tuple[int, int]:
 
 def _modules(session: pytest.Session) -> list[ModuleType]:
     """The modules of the tests to run, in their order."""
-    return list(dict.fromkeys(item.module for item in session.items if isinstance(item, pytest.Function)))
+    found = (item.module for item in session.items if isinstance(item, pytest.Function))
+    return [module for module in dict.fromkeys(found) if module is not None]
 
 
 def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
