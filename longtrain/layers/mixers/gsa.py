@@ -14,9 +14,9 @@ from longtrain.layers.mixers.base import (
     LayerPlace,
     StatefulMixer,
     check_choice,
-    check_heads,
     check_scan_strategy,
 )
+from longtrain.layers.mixers.heads import GroupedHeads, check_grouped_heads, check_rotation
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import positions, scan_slot_attention, state_dtype
 from longtrain.layers.rotary import rotate
@@ -25,12 +25,10 @@ from longtrain.parallel import SequenceShard
 
 
 @dataclass(frozen=True)
-class GatedSlotConfig:
+class GatedSlotConfig(GroupedHeads):
     """Options of the gsa mixer."""
 
-    heads: int = 4  # H
-    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
-    head_width: int | None = None  # K and V; None: width / heads
+    heads: int = 4  # H, query heads
     slots: int = 64  # M, for each head
     damping: float = 8.0  # the root that is taken of a slot's forget gate: larger forgets more slowly
     # What q, k, v and the heads' outputs pass through: silu, and then outputs are normalised; or none, as in a softmax
@@ -39,13 +37,6 @@ class GatedSlotConfig:
     rope_base: float | None = None  # q and k are rotated as in softmax, with this base; None: they are not
     spread: bool = False  # forget gates have biases, at first such that slots forget within 1 to 4,000 tokens
     strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    def key_width(self, width: int) -> int:
-        return width // self.heads if self.head_width is None else self.head_width
 
 
 ACTIVATIONS = ("silu", "none")
@@ -80,15 +71,10 @@ class GatedSlotMixer(StatefulMixer):
     @classmethod
     def check(cls, config: GatedSlotConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
-        check_heads(config.heads, config.head_width, place)
+        check_grouped_heads(config, place)
         check_choice("activation", config.activation, ACTIVATIONS)
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        width = config.key_width(place.width)
-        if config.rope_base is not None and not config.rope_base > 1:
-            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1 (null: q and k are not rotated)")
-        if config.rope_base is not None and width % 2:
-            raise ValueError(f"head_width: got {width}, rotary positions need an even number from 2 on")
+        if config.rope_base is not None:
+            check_rotation(config.key_width(place.width), config.rope_base)
         if config.slots < 1:
             raise ValueError(f"slots: got {config.slots}, it must be at least 1")
         if not 0 < config.damping < float("inf"):

@@ -17,10 +17,10 @@ from longtrain.layers.mixers.base import (
     Shared,
     SharingMixer,
     check_choice,
-    check_heads,
     check_prompt,
     check_scan_ranks,
 )
+from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
 from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_linear_attention
@@ -33,17 +33,12 @@ from longtrain.parallel.linear.calls import STRATEGIES as SCAN_STRATEGIES
 
 
 @dataclass(frozen=True)
-class HymbaConfig:
-    """Options of the hymba mixer."""
+class HymbaConfig(RotaryHeads):
+    """Options of the hymba mixer. heads are attention's; head_width is that of queries and keys, not of values."""
 
-    heads: int = 8  # H, attention's query heads
-    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
-    head_width: int | None = None  # K, of queries and keys; None: width / heads
-    rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
     window: int | None = 1023  # tokens to the left that a query sees besides itself and meta tokens; None: all
-    share_kv: bool = (
-        False  # attend to the keys and values of the layer before, a hymba layer with the same heads and window
-    )
+    # Attend to the keys and values of the layer before, a hymba layer with the same heads and window.
+    share_kv: bool = False
     expand: int = 2  # values of all heads together, and the state space's channels, are so many times the model's width
     ssm_heads: int | None = None  # heads of the state space; None: as many as heads
     state_width: int = 16  # N: numbers that each channel keeps
@@ -52,15 +47,8 @@ class HymbaConfig:
     scan_strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
     def recurrent_heads(self) -> int:
         return self.heads if self.ssm_heads is None else self.ssm_heads
-
-    def key_width(self, width: int) -> int:
-        return width // self.heads if self.head_width is None else self.head_width
 
 
 class HymbaState(NamedTuple):
@@ -114,21 +102,15 @@ class HymbaMixer(SharingMixer):
     def check(cls, config: HymbaConfig, place: LayerPlace) -> None:
         check_choice("strategy", config.strategy, STRATEGIES)
         check_choice("scan_strategy", config.scan_strategy, SCAN_STRATEGIES)
-        check_heads(config.heads, config.head_width, place)
+        check_rotary_heads(config, place)
         for option in ("expand", "state_width"):
             if getattr(config, option) < 1:
                 raise ValueError(f"{option}: got {getattr(config, option)}, it must be at least 1")
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        width, inner = config.key_width(place.width), config.expand * place.width
-        if width % 2:
-            raise ValueError(f"head_width: got {width}, rotary positions need an even number from 2 on")
+        inner = config.expand * place.width
         if inner % config.heads:
             raise ValueError(f"heads: got {config.heads}, it must divide expand * model.width = {inner}")
         if config.recurrent_heads < 1 or inner % config.recurrent_heads:
             raise ValueError(f"ssm_heads: got {config.recurrent_heads}, it must divide expand * model.width = {inner}")
-        if not config.rope_base > 1:
-            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
         if config.window is not None and config.window < 0:
             raise ValueError(f"window: got {config.window}, it must be 0 or more (null: no window)")
         check_conv_width(config.conv_width)

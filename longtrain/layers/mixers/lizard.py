@@ -15,11 +15,11 @@ from longtrain.layers.mixers.base import (
     Boundaries,
     LayerPlace,
     RecurrentMixer,
-    check_heads,
     check_prompt,
     check_scan_ranks,
     check_scan_strategy,
 )
+from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
 from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention, state_dtype
 from longtrain.layers.rotary import rotate
@@ -28,25 +28,14 @@ from longtrain.parallel import SequenceShard, sequence_parallel_attention
 
 
 @dataclass(frozen=True)
-class LizardConfig:
-    """Options of the lizard mixer. heads, kv_heads, head_width and rope_base as in softmax, whose weights it takes."""
+class LizardConfig(RotaryHeads):
+    """Options of the lizard mixer, whose heads are those of softmax, whose weights it takes."""
 
-    heads: int = 8  # H, query heads
-    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
-    head_width: int | None = None  # K and V; None: width / heads
-    rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
     window: int = 128  # tokens to the left that a query's softmax sees besides itself
     memory: int = 4  # M, learned keys and values per head that every query's softmax sees
     feature_width: int | None = None  # learned directions of a feature map, each used twice; None: K / 2
     gate_temperature: float = 16.0  # tau: the larger, the slower the far past is forgotten
     strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    def key_width(self, width: int) -> int:
-        return width // self.heads if self.head_width is None else self.head_width
 
     def features(self, width: int) -> int:
         """Directions of a feature map: half as many as it has outputs."""
@@ -83,14 +72,7 @@ class LizardMixer(RecurrentMixer):
     @classmethod
     def check(cls, config: LizardConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
-        check_heads(config.heads, config.head_width, place)
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        width = config.key_width(place.width)
-        if width % 2:
-            raise ValueError(f"head_width: got {width}, rotary positions need an even number from 2 on")
-        if not config.rope_base > 1:
-            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
+        check_rotary_heads(config, place)
         for option, least in (("window", 0), ("memory", 0)):
             if getattr(config, option) < least:
                 raise ValueError(f"{option}: got {getattr(config, option)}, it must be {least} or more")

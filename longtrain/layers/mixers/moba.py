@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from longtrain.kernels import softmax_attention
 from longtrain.layers.chunks import Chunks, chunks_of
-from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_heads, check_prompt
+from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_prompt
+from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
 from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import state_dtype
 from longtrain.layers.rotary import rotate
@@ -20,22 +21,11 @@ TILE = 2**24  # scores of queries and blocks that are held at once
 
 
 @dataclass(frozen=True)
-class MoBAConfig:
+class MoBAConfig(RotaryHeads):
     """Options of the moba mixer."""
 
-    heads: int = 8  # H, query heads
-    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
-    head_width: int | None = None  # K and V; None: width / heads
-    rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
     block: int = 512  # L, tokens of a block
     picks: int | None = 3  # blocks that a query sees, its own among them; None: all, which is softmax attention
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    def key_width(self, width: int) -> int:
-        return width // self.heads if self.head_width is None else self.head_width
 
 
 class MoBAState(NamedTuple):
@@ -64,14 +54,7 @@ class MoBAMixer(Mixer):
 
     @classmethod
     def check(cls, config: MoBAConfig, place: LayerPlace) -> None:
-        check_heads(config.heads, config.head_width, place)
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        width = config.key_width(place.width)
-        if width % 2:
-            raise ValueError(f"head_width: got {width}, rotary positions need an even number from 2 on")
-        if not config.rope_base > 1:
-            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
+        check_rotary_heads(config, place)
         if config.block < 1:
             raise ValueError(f"block: got {config.block}, it must be at least 1")
         if config.picks is not None and config.picks < 1:

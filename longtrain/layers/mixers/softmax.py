@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from longtrain.kernels import softmax_attention
 from longtrain.layers.attention import SequenceParallelAttention
-from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_heads, check_prompt
+from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_prompt
+from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.pamm import PammLinear
 from longtrain.layers.rotary import rotate
@@ -22,13 +23,9 @@ from longtrain.parallel.attention.relaying import check_layout
 
 
 @dataclass(frozen=True)
-class SoftmaxConfig:
+class SoftmaxConfig(RotaryHeads):
     """Options of the softmax mixer."""
 
-    heads: int = 8  # H, query heads
-    kv_heads: int | None = None  # G, key/value heads that the query heads share; None: as many as heads
-    head_width: int | None = None  # K and V; None: width / heads
-    rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
     window: int | None = None  # tokens to the left that a query sees besides itself; None: all
     qk_norm: bool = False  # RMS-normalise each head of q and k, with learned weights, before they are rotated
     sinks: bool = False  # one learned logit per head joins the softmax's denominator
@@ -40,13 +37,6 @@ class SoftmaxConfig:
     # Where attention runs. home: the sequence's own layout; another layout's name: q, k, v and the output move there
     # and back; auto: the cost model's choice between home and balanced.
     layout: str = "auto"
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    def key_width(self, width: int) -> int:
-        return width // self.heads if self.head_width is None else self.head_width
 
 
 class KeyValueCache(NamedTuple):
@@ -110,15 +100,7 @@ class SoftmaxMixer(Mixer):
 
     @classmethod
     def check(cls, config: SoftmaxConfig, place: LayerPlace) -> None:
-        check_heads(config.heads, config.head_width, place)
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
-        if config.key_width(place.width) % 2 or config.key_width(place.width) < 2:
-            raise ValueError(
-                f"head_width: got {config.key_width(place.width)}, rotary positions need an even number from 2 on"
-            )
-        if not config.rope_base > 1:
-            raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
+        check_rotary_heads(config, place)
         if config.window is not None and config.window < 0:
             raise ValueError(f"window: got {config.window}, it must be 0 or more (null: no window)")
         if config.softcap is not None and not config.softcap > 0:
