@@ -120,12 +120,10 @@ def _resumed(composed: DictConfig, given: list[str]) -> DictConfig:
         raise UsageError(f"resume: {run_dir} was made from recipe {saved.recipe}, not {composed.recipe}")
     if "run_dir" in given and composed.run_dir != composed.resume and composed.run_dir != saved.run_dir:
         raise UsageError(f"run_dir: got {composed.run_dir!r} with resume={run_dir}; a resumed run stays in its folder")
-    stages = "linearise.match_steps"
-    if stages in given and composed.linearise.match_steps != saved.linearise.match_steps:
-        raise UsageError(
-            f"{stages}: got {composed.linearise.match_steps} with resume={run_dir}, which has "
-            f"{saved.linearise.match_steps}; a resumed run keeps its stages"
-        )
+    for key in ("linearise.from", "linearise.match_steps"):
+        wanted, kept = (OmegaConf.select(settings, key) for settings in (composed, saved))
+        if key in given and wanted != kept:
+            raise UsageError(f"{key}: got {wanted!r} with resume={run_dir}, which has {kept!r} and keeps it")
     for key in given:
         OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=key not in WHOLE, force_add=True)
     return saved

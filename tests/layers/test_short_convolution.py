@@ -74,6 +74,10 @@ def test_first_decays_are_slow_and_of_many_kinds() -> None:
         ("mamba2", {"heads": 48}, ("heads: got 48", "divide expand * model.width = 64")),
         ("gsa", {"slots": 0}, ("slots: got 0", "at least 1")),
         ("gsa", {"damping": 0.0}, ("damping: got 0.0", "above 0")),
+        ("gsa", {"kv_heads": 3}, ("kv_heads: got 3", "divide heads = 4")),
+        ("gsa", {"activation": "relu"}, ("activation: got 'relu'", "silu, none")),
+        ("gsa", {"rope_base": 1.0}, ("rope_base: got 1.0", "above 1")),
+        ("gsa", {"rope_base": 9.0, "head_width": 5}, ("head_width: got 5", "even number")),
         ("gsa", {"damping": float("nan")}, ("damping: got nan", "above 0")),
     ],
 )

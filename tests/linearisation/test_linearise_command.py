@@ -129,5 +129,6 @@ def test_one_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert trains(f"resume={run_dir}") == ""
         assert [record["loss"] for record in records(run_dir)] == [record["loss"] for record in whole]
         assert json.loads((run_dir / "summary.json").read_text())["match_loss"] == whole[2]["loss"]
-    refused = trains(f"resume={run_dir}", "linearise.match_steps=5")
-    assert refused.startswith("linearise.match_steps: got 5") and "which has 3" in refused
+    for word, kept in (("linearise.match_steps=5", "3"), ("linearise.from=elsewhere", f"'{source}'")):
+        refused = trains(f"resume={run_dir}", word)
+        assert refused.startswith(word.split("=")[0]) and f"which has {kept} and keeps it" in refused
