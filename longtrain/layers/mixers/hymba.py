@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels import causal_conv1d, linear_attention, softmax_attention
+from longtrain.layers.cache import KeyValueCache
 from longtrain.layers.mixers.base import (
     ONE_TOKEN,
     Boundaries,
@@ -21,7 +22,6 @@ from longtrain.layers.mixers.base import (
     check_scan_ranks,
 )
 from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
-from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_linear_attention
 from longtrain.layers.rotary import rotate

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels import softmax_attention
+from longtrain.layers.cache import KeyValueCache
 from longtrain.layers.mixers.base import (
     ONE_TOKEN,
     Boundaries,
@@ -20,7 +21,6 @@ from longtrain.layers.mixers.base import (
     check_scan_strategy,
 )
 from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
-from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import MemoryState, positions, scan_linear_attention, state_dtype
 from longtrain.layers.rotary import rotate
 from longtrain.layers.taking import HEADS, PROJECTIONS, Takes

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.kernels import softmax_attention
+from longtrain.layers.cache import KeyValueCache
 from longtrain.layers.chunks import Chunks, chunks_of
 from longtrain.layers.mixers.base import ONE_TOKEN, Boundaries, LayerPlace, Mixer, check_prompt
 from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
-from longtrain.layers.mixers.softmax import KeyValueCache
 from longtrain.layers.recurrence import state_dtype
 from longtrain.layers.rotary import rotate
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
