@@ -10,7 +10,9 @@ from torch import Tensor
 
 from longtrain.layers import LayerPlace
 from longtrain.layers.mixers.natsl import SHARE, NATSLConfig, NATSLMixer
+from longtrain.layers.pattern import LayersConfig
 from longtrain.layers.routing import routed_chunks
+from longtrain.model import Decoder, ModelConfig, count_parameters
 from longtrain.parallel import SequenceShard, count_messages
 from tests.distributed import run_distributed
 from tests.layers.mixer_cases import CU_SEQLENS, LENGTH, build, inputs, relative
@@ -156,6 +158,30 @@ def test_equal_scores_choose_the_delta_rule() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NATSLMixer.check(replace(NATSLConfig(heads=4), **options), LayerPlace(32, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("width", "mlp_width", "head", "parts", "millions"),
+    [(1024, 2816, 128, 2, 380), (1536, 4096, 192, 3, 793)],  # the paper: 380M and about 800M
+)
+def test_the_papers_hybrid_models_have_their_size(
+    width: int, mlp_width: int, head: int, parts: int, millions: int
+) -> None:
+    """The authors' configurations natsl_340M and natsl_760M (named without embeddings), H = 6, V = 2 K."""
+    heads = {"heads": 6, "key_width": head, "value_width": 2 * head}
+    layers = LayersConfig(
+        pattern={"natsl": [3, 7, 11, 15, 19, 20], "default": "gated_deltanet"},
+        mixers={"natsl": {**heads, "attention_heads": 6 * parts, "rope_base": None}, "gated_deltanet": heads},
+    )
+    config = ModelConfig(width=width, depth=21, mlp_width=mlp_width, tie_embedding=False)
+    with torch.device("meta"):
+        model = Decoder(config, layers, vocabulary=32_000)
+    assert round(count_parameters(model) / 1e6) == millions
+    # Their layer, by hand: q, k; v, gate, output; beta and decay; scores; weights; convolutions; norms; A and dt.
+    keys, values, softmax_heads = 6 * head, 12 * head, 6 * parts
+    projections = width * (2 * keys + 3 * values + 12 + 12) + keys * 2 * softmax_heads
+    rest = 4 * (2 * keys + values) + 2 * (keys + values) // softmax_heads + 12
+    assert count_parameters(model.blocks[3].get_submodule("mixer")) == projections + rest
 
 
 def test_without_positions_any_width_works_and_ulysses_needs_heads_that_divide() -> None:
