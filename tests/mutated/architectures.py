@@ -143,7 +143,7 @@ MUTATIONS = (
         "hymba-attention-not-normalised",
         HYMBA,
         "self.attention_norm(attended.flatten(2))",
-        "attended.flatten(2)",
+        "attended.flatten(2) + 0 * self.attention_norm(attended.flatten(2))",
         (loop(1, "hymba"),),
     ),
     Mutation(
