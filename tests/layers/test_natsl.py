@@ -32,8 +32,8 @@ def steered(way: str) -> tuple[NATSLMixer, Tensor, Tensor]:
     """A mixer whose chunks go where one channel of its input says, and input and output gradient."""
     mixer, (x, dy) = plain(), inputs()
     with torch.no_grad():
-        mixer.scores.weight.mul_(0.05)
-        mixer.scores.weight[:, 0] = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(mixer.heads)
+        mixer.scores.mul_(0.05)
+        mixer.scores[:, :, 0] = torch.tensor([1.0, -1.0])
     signs = torch.full((LENGTH,), -1.0 if way == "delta rule" else 1.0, dtype=torch.float64)
     if way == "softmax at first":
         signs[12:] = -1  # a rank of three or four has them, or two have
@@ -91,8 +91,8 @@ def received(rank: int, world: int, way: str) -> tuple[int, int]:
     x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(4))
     shard = SequenceShard(length=length, group=dist.group.WORLD)
     with torch.no_grad():
-        mixer.scores.weight[:, 0] = torch.tensor([1.0, -1.0] * 2)
-        mixer.scores.weight[:, 1:] *= 0.05
+        mixer.scores.mul_(0.05)
+        mixer.scores[:, :, 0] = torch.tensor([1.0, -1.0])
     counts = []
     for route in ("delta rule", way):
         x[..., 0] = {"delta rule": -3.0, "softmax": 3.0}.get(route, 0.0)
@@ -122,16 +122,16 @@ def test_a_choice_has_no_part_in_its_own_chunk() -> None:
     mixer, (x, dy) = plain(), inputs()
     shard = SequenceShard(length=LENGTH)
     y = mixer(x, shard)
-    (gradient,) = torch.autograd.grad(y[:, :CHUNK], [mixer.scores.weight], dy[:, :CHUNK], retain_graph=True)
+    (gradient,) = torch.autograd.grad(y[:, :CHUNK], [mixer.scores], dy[:, :CHUNK], retain_graph=True)
     assert not gradient.any()
-    (gradient,) = torch.autograd.grad(y[:, CHUNK:], [mixer.scores.weight], dy[:, CHUNK:])
+    (gradient,) = torch.autograd.grad(y[:, CHUNK:], [mixer.scores], dy[:, CHUNK:])
     assert gradient.any()
 
 
 def test_equal_scores_choose_the_delta_rule() -> None:
     mixer, (x, _) = plain(), inputs()
     with torch.no_grad():
-        mixer.scores.weight.zero_()
+        mixer.scores.zero_()
         mixer(x, SequenceShard(length=LENGTH))
     assert mixer.measured[SHARE] == (0, 4 * (LENGTH // CHUNK))
 

@@ -76,8 +76,8 @@ class NATSLMixer(RecurrentMixer):
     "Neural Attention Search Linear: Towards Adaptive Token-Level Hybrid Attention Models" (arXiv 2602.03681). From the
     paper and its code (github.com/automl/NeuralAttentionSearchLinear, natsl_attn_gdn.py) are:
 
-    - chunks of L tokens of a document, whose scores are ``W_s mean(x)``, two for each head of the delta rule; the
-      higher one says where the chunk's keys and values go. So a score decides what later chunks see of a chunk;
+    - chunks of L tokens of a document, whose scores are ``W_s mean(x) / sqrt(D)``, two for each head of the delta rule;
+      the higher one says where the chunk's keys and values go. So a score decides what later chunks see of a chunk;
     - a query sees, by both ways, its own chunk up to itself, wherever that goes; by softmax the chunks before that went
       there; by the delta rule a state that the other ones have written and that every chunk's decays weaken;
     - q, k and v shared by both ways after one short convolution with SiLU; the delta rule's heads, whose q and k have
@@ -88,7 +88,7 @@ class NATSLMixer(RecurrentMixer):
 
     Ours: for the delta rule ``r`` multiplies the strengths beta with which a chunk writes to the state that later
     chunks see (the paper's kernel multiplies what is written by then); equal scores choose the delta rule; a document's
-    last chunk has no score, since nobody asks; scores are computed in float32.
+    last chunk has no score, since nobody asks; scores are computed in float32; the root of D, by which W_s is larger.
 
     Over ranks it runs where every rank holds whole chunks. The choices travel to all ranks, a byte for each chunk and
     head; then the keys and values that went to softmax, and no others, to the ranks that hold later tokens. The rows
@@ -154,7 +154,10 @@ class NATSLMixer(RecurrentMixer):
         self.sizes = keys, keys, values
         self.qkv = nn.Linear(place.width, sum(self.sizes), bias=False)
         self.convolution = ShortConvolution(sum(self.sizes), config.conv_width)
-        self.scores = nn.Linear(place.width, 2 * self.heads, bias=False)  # for softmax and the delta rule, head by head
+        # For softmax and the delta rule, head by head. Large weights on small inputs, and no matrix between channels:
+        # an optimizer's first steps, which follow noise, would otherwise send all chunks one way, and the way that none
+        # goes has no gradient to be found again by.
+        self.scores = nn.Parameter(torch.randn(self.heads, 2, place.width))
         self.rates = nn.Linear(place.width, 2 * self.heads, bias=False)  # for beta, then for the decay
         self.decay = SelectiveDecay(self.heads)
         self.q_norm, self.k_norm = (RMSNorm(keys // self.softmax_heads, eps=1e-6) for _ in range(2))
@@ -190,7 +193,8 @@ class NATSLMixer(RecurrentMixer):
 
     def _judge(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(mean.device):
-            scores = F.linear(mean, self.scores.weight.to(mean.dtype)).unflatten(-1, (self.heads, 2))
+            weight = self.scores.to(mean.dtype).flatten(0, 1) * mean.shape[-1] ** -0.5
+            scores = F.linear(mean, weight).unflatten(-1, (self.heads, 2))
         soft = scores.softmax(-1)
         return scores[..., 0] > scores[..., 1], soft - soft.detach()
 

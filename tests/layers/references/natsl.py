@@ -20,7 +20,7 @@ def choices(mixer: Any, x: Tensor) -> Tensor:
     chosen one: [n, H, 2]."""
     length, found = mixer.chunk, []
     for c in range(len(x) // length):
-        soft = torch.softmax((x[c * length : (c + 1) * length].mean(0) @ mixer.scores.weight.T).view(-1, 2), 1)
+        soft = torch.softmax(mixer.scores @ x[c * length : (c + 1) * length].mean(0) / x.shape[1] ** 0.5, 1)
         hard = torch.stack((soft[:, 0] > soft[:, 1], soft[:, 0] <= soft[:, 1]), 1).to(x.dtype)
         found.append(hard + hard * (soft - soft.detach()))
     return torch.stack(found) if found else x.new_zeros(0, mixer.heads, 2)
