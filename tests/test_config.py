@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from longtrain.config import RECIPES, compose, from_mapping, read_run, recipe_names, to_yaml
 from longtrain.errors import UsageError
+from longtrain.model import Decoder, count_parameters
 from longtrain.recipe import degrees
 from longtrain.run_folder import create, write_config
 
@@ -241,3 +243,16 @@ def test_degrees_are_worked_out() -> None:
     assert degrees(compose("base", ["parallel.data=2", "trainer.sequences=2"]), 6) == (2, 3)
     with pytest.raises(UsageError, match="trainer.sequences"):
         degrees(compose("base", ["parallel.sequence=1"]), 2)
+
+
+ARCHITECTURES = ("chela", "hymba", "lizard", "masformer", "mega", "mixed_window", "moba", "natsl", "rat", "rat_window")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_have_the_size_and_budget_that_softmax_has(name: str) -> None:
+    """Those of softmax.yaml, which they are measured against."""
+    ours, softmax = compose(name, []), compose("softmax", [])
+    assert (ours.data, ours.trainer) == (softmax.data, softmax.trainer)
+    with torch.device("meta"):
+        models = [Decoder(recipe.model, recipe.layers, vocabulary=257) for recipe in (ours, softmax)]
+    assert count_parameters(models[0]) == pytest.approx(count_parameters(models[1]), rel=0.01)
