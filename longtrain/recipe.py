@@ -21,7 +21,7 @@ from longtrain.engines import (
     check_replicas,
 )
 from longtrain.errors import UsageError, nearest
-from longtrain.layers.pattern import Layer, LayersConfig, named_layers, takes_strategy
+from longtrain.layers.pattern import Layer, LayersConfig, named_layers, takes_heads_at_once, takes_strategy
 from longtrain.linearisation import LineariseConfig, check_linearise
 from longtrain.memory import MemoryConfig, check_memory, layer_policies
 from longtrain.model import ModelConfig
@@ -200,6 +200,7 @@ def _check_layers(recipe: Recipe) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     _check_pamm(recipe, layers)
+    _check_heads_at_once(recipe, layers)
     if recipe.parallel.strategy == "auto":
         return
     attending = {layer.name for layer in layers if takes_strategy(layer.mixer)}
@@ -250,6 +251,24 @@ def _check_pamm(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
                 f"layers.mixers.{layer.name}.pamm: got {pamm}, which saves nothing where memory.recompute = "
                 f"{recipe.memory.recompute} keeps no input of projections: memory.recompute=none would work"
             )
+
+
+def _check_heads_at_once(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
+    """Refuse a number of heads that no layer would take."""
+    given = recipe.memory.attention_heads
+    if given is None:
+        return
+    attending = {layer.name for layer in layers if takes_heads_at_once(layer.mixer)}
+    if not attending:
+        raise UsageError(
+            f"memory.attention_heads: got {given}, which is for softmax attention, and layers.pattern has none: null "
+            "would work, or a softmax layer"
+        )
+    if all(layer.options.heads_at_once is not None for layer in layers if layer.name in attending):
+        raise UsageError(
+            f"memory.attention_heads: got {given}, but every layer of {', '.join(sorted(attending))} has its own; null "
+            f"would work, or no layers.mixers.{min(attending)}.heads_at_once"
+        )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

@@ -168,7 +168,7 @@ def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source
     """The recipe's model, weights from the seed or a trained run; matching: with that run's mixers beside its own."""
     torch.manual_seed(recipe.seed)
     vocabulary = recipe.model.vocabulary or vocabulary
-    layers = with_strategy(recipe.layers, recipe.parallel.strategy)
+    layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
     with device:
         if source is not None and matching:
             old = teachers(source, recipe_layers(recipe))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.parallel import SequenceShard, sequence_parallel_attention
+from longtrain.parallel.attention.choice import check_heads_at_once
 from longtrain.parallel.attention.cost import Heads
 from longtrain.parallel.attention.relaying import (
     AUTO,
@@ -29,6 +30,7 @@ class SequenceParallelAttention(nn.Module):
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         strategy: how keys and values reach the queries.
         ulysses_degree: the ranks that exchange heads, for strategy ``"mesh"``; None lets the cost model choose.
+        heads_at_once: key heads, with their query heads, that go through at a time; None: all.
         backend: which kernels compute a tile.
         layout: where attention runs: ``"home"``, the shard's own layout; a layout's name, to which q, k and v are moved
             and from which the output is moved back, by one all-to-all each; ``"auto"``: the cost model's choice between
@@ -48,12 +50,14 @@ class SequenceParallelAttention(nn.Module):
         softcap: float | None = None,
         strategy: str = "auto",
         ulysses_degree: int | None = None,
+        heads_at_once: int | None = None,
         backend: str = "auto",
         layout: str = "home",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_layout(layout)
+        check_heads_at_once(heads_at_once)
         if dropout != 0:
             raise ValueError(
                 f"dropout: got {dropout}, expected 0: attention weights are computed again in backward, tile by tile "
@@ -65,6 +69,7 @@ class SequenceParallelAttention(nn.Module):
         self.softcap = softcap
         self.strategy = strategy
         self.ulysses_degree = ulysses_degree
+        self.heads_at_once = heads_at_once
         self.backend = backend
         self.layout = layout
 
@@ -98,6 +103,7 @@ class SequenceParallelAttention(nn.Module):
             sinks=sinks,
             strategy=self.strategy,
             ulysses_degree=self.ulysses_degree,
+            heads_at_once=self.heads_at_once,
             backend=self.backend,
         )
         return target.relayout(out, shard, dim=1)
@@ -127,7 +133,7 @@ class SequenceParallelAttention(nn.Module):
             return shard
         return attention_shard(
             shard,
-            Heads.of(q, k, v),
+            Heads.of(q, k, v, at_once=self.heads_at_once),
             device=q.device,
             layout=self.layout,
             strategy=self.strategy,
@@ -137,5 +143,6 @@ class SequenceParallelAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree", "backend", "layout")
+        names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree")
+        names += ("heads_at_once", "backend", "layout")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -156,12 +156,22 @@ def describe_layers(config: LayersConfig, depth: int) -> str:
     return " ".join(words)
 
 
-def with_strategy(config: LayersConfig, strategy: str) -> LayersConfig:
-    """The same layers, those that attend with this strategy unless they have their own; recurrences have others."""
+def takes_heads_at_once(mixer: type[Mixer]) -> bool:
+    """Whether a recipe's ``memory.attention_heads`` is for this mixer."""
+    return any(option.name == "heads_at_once" for option in dataclasses.fields(mixer.Config))
+
+
+def with_strategy(config: LayersConfig, strategy: str, *, heads_at_once: int | None = None) -> LayersConfig:
+    """The same layers, those that attend with this strategy, and so many key heads at once, unless they have their own.
+
+    Recurrences have other strategies.
+    """
     mixers = {name: dict(options) for name, options in config.mixers.items()}
     for name, (mixer, options) in _kinds(config).items():
         if takes_strategy(mixer) and options.get("strategy", "auto") == "auto":
             mixers.setdefault(name, {})["strategy"] = strategy
+        if heads_at_once is not None and takes_heads_at_once(mixer) and options.get("heads_at_once") is None:
+            mixers.setdefault(name, {})["heads_at_once"] = heads_at_once
     return dataclasses.replace(config, mixers=mixers)
 
 

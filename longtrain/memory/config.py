@@ -21,6 +21,7 @@ class MemoryConfig:
     tile: int | None = None  # tokens
     offload: str = "none"  # none, inputs (of layers), or attention (these and what recompute keeps)
     offload_in_flight: int = 2  # layers
+    attention_heads: int | None = None  # key heads
     shard_blocks: bool = True
 
 
@@ -49,6 +50,10 @@ def check_memory(config: MemoryConfig, layers: Sequence[str]) -> None:
         raise ValueError(f"memory.offload_in_flight: got {config.offload_in_flight}, expected 1 or more layers")
     if config.tile is not None and config.tile < 1:
         raise ValueError(f"memory.tile: got {config.tile}, expected 1 or more tokens (null: all at once)")
+    if config.attention_heads is not None and config.attention_heads < 1:
+        raise ValueError(
+            f"memory.attention_heads: got {config.attention_heads}, expected 1 or more key heads (null: all at once)"
+        )
 
 
 def store_for(config: MemoryConfig, device: torch.device) -> offload.Store | None:

@@ -157,6 +157,8 @@ def _candidates(now: Plan) -> list[tuple[str, ...]]:
             found.append((f"memory.{key}={value}",))
     if getattr(recipe.memory, "tile", 0) is None:
         found.append(("memory.tile=4096",))
+    if recipe.memory.attention_heads != 1:
+        found.append(("memory.attention_heads=1",))
     if data > 1:
         found.append((f"parallel.data={data // 2}", f"parallel.sequence={sequence * 2}"))
     if sequence % 2 == 0 and recipe.trainer.sequences % (2 * data * recipe.trainer.accumulation) == 0:

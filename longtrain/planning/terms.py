@@ -263,11 +263,16 @@ def ring_bytes(shape: Shape, layer: Layer, *, keys: int, values: int) -> float:
     if layer.mixer.name not in ("softmax", "sliding_window"):
         return 4.0 * tokens * (2 * keys + values) / 2
     options = layer.options
-    grouped = options.groups * options.key_width(layer.place.width)
+    at_once = min(options.heads_at_once or options.groups, options.groups)
+    share = at_once / options.groups
+    keys, values, grouped = keys * share, values * share, at_once * options.key_width(layer.place.width)
     own = 4.0 * (2 * values + keys + 2 * grouped)  # out, dout, dq; dk, dv
     narrow = 0 if shape.size == 4 else shape.size
     results = narrow * (keys + 2 * grouped)
-    kernels = narrow * (values + grouped) + 8.0 * options.heads  # dout and v for them, delta and exponents
+    kernels = narrow * (values + grouped) + 8.0 * options.heads * share  # dout and v for them, delta and exponents
     if shape.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
         kernels += 2.0 * grouped * (2 * shape.size + 12)
-    return tokens * (own + max(results, kernels))
+    if share == 1:
+        return tokens * (own + max(results, kernels))
+    # Copies of the group's keys and values; the results of all groups, whole from the start.
+    return tokens * (own + kernels + narrow * 2 * grouped + (shape.size * (keys + 2 * grouped)) / share)

@@ -31,7 +31,8 @@ class Shape:
     @cached_property
     def layers(self) -> list[Layer]:
         recipe = self.recipe
-        return recipe_layers(recipe, with_strategy(recipe.layers, recipe.parallel.strategy))
+        layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
+        return recipe_layers(recipe, layers)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -129,7 +130,7 @@ class Shape:
         if layer.mixer.name not in ("softmax", "sliding_window"):
             return None
         width = options.key_width(layer.place.width)
-        sizes = Heads(1, options.heads, options.groups, width, width, self.size)
+        sizes = Heads(1, options.heads, options.groups, width, width, self.size, options.heads_at_once)
         window = None if options.window is None else (options.window, 0)
         found = estimates(self.shard, self.shard, sizes, causal=True, window=window, hardware=self.hardware)
         named = possible(found, options.strategy, None, ranks=self.shard.world)

@@ -25,7 +25,7 @@ from longtrain.kernels.dispatch import choose_backend
 from longtrain.kernels.softmax_attention import apply_sinks
 from longtrain.parallel.attention import operators
 from longtrain.parallel.attention.call import Window
-from longtrain.parallel.attention.choice import STRATEGIES, check_strategy_types
+from longtrain.parallel.attention.choice import STRATEGIES, check_heads_at_once, check_strategy_types
 from longtrain.parallel.saving import saved_as_it_is
 from longtrain.parallel.shard import SequenceShard
 
@@ -46,6 +46,7 @@ def sequence_parallel_attention(
     sinks: Tensor | None = None,
     strategy: str = "auto",
     ulysses_degree: int | None = None,
+    heads_at_once: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of this rank's queries to the keys of all ranks; the same numbers as on one device.
@@ -71,6 +72,9 @@ def sequence_parallel_attention(
             ring outside. ``"auto"``: what the cost model finds fastest (``longtrain.parallel.attention.cost``).
         ulysses_degree: for ``"mesh"``, the ranks that exchange heads; a divisor of H and of the ranks in a row. None:
             the model chooses, between 1 and W where there is such a divisor, otherwise 1 (a ring) or W (Ulysses).
+        heads_at_once: key heads that go through forward and backward at a time, with their query heads: float32 results
+            and gradients live for these alone, and the same bytes travel in more messages. The numbers do not change.
+            With Ulysses, of the heads that a rank works on. None: all of them.
         backend: which kernels compute a tile, as in ``softmax_attention``.
 
     Returns:
@@ -89,6 +93,7 @@ def sequence_parallel_attention(
     if not isinstance(causal, bool):
         raise ValueError(f"causal: got {causal!r}, expected True or False")
     check_strategy_types(strategy, ulysses_degree)
+    check_heads_at_once(heads_at_once)
     window = checks.attention_window(window)
     factor, cap = checks.number("scale", scale), checks.number("softcap", softcap, positive=True)
     widths = {"K": q.shape[3], "V": v.shape[3]}
@@ -108,6 +113,7 @@ def sequence_parallel_attention(
         softcap=cap,
         strategy=strategy,
         ulysses_degree=ulysses_degree,
+        heads_at_once=heads_at_once,
         backend=backend,
         wide=sinks is not None,
         gradients=gradients,

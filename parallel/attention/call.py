@@ -23,6 +23,7 @@ class AttentionCall:
     strategy: str  # "gather" or "ring"
     degree: int  # ranks that split the heads among them inside the ring; 1: none
     backend: str
+    heads_at_once: int | None = None  # key heads, with their query heads, that a pass works on; None: all
 
     def planned(self, make: Callable[..., Plan]) -> Plan:
         """What `make` works out for this call's shards, mask and degree, kept on the shard for the other layers."""

@@ -61,6 +61,14 @@ def check_strategy_types(strategy: object, ulysses_degree: object) -> None:
         raise ValueError(f"ulysses_degree: got {ulysses_degree!r}, expected a number of ranks from 1 on, or None")
 
 
+def check_heads_at_once(heads_at_once: object) -> None:
+    """Refuse, with a ValueError, what is no number of heads."""
+    if heads_at_once is None:
+        return
+    if isinstance(heads_at_once, bool) or not isinstance(heads_at_once, int) or heads_at_once < 1:
+        raise ValueError(f"heads_at_once: got {heads_at_once!r}, expected a number of key heads from 1 on, or None")
+
+
 def check_strategy(strategy: str, ulysses_degree: int | None, *, heads: int, ranks: int, rows: int) -> None:
     """Refuse, with a ValueError, a strategy or degree that so many query heads and ranks, in rows, do not allow."""
     inner = ranks // rows

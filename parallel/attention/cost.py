@@ -68,11 +68,16 @@ class Heads:
     key_width: int
     value_width: int
     element_size: int
+    at_once: int | None = None  # key heads that a pass works on; None: all
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Heads":
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, at_once: int | None = None) -> "Heads":
         """The sizes of these tensors."""
-        return cls(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size())
+        return cls(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), at_once)
+
+    def passes(self, groups: int) -> int:
+        """How often a rank that works on so many key heads goes through the keys."""
+        return 1 if self.at_once is None else -(-groups // self.at_once)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ def _ring(
     width = sizes.key_width + sizes.value_width
     per_pair = 2 * sizes.batch * sizes.heads / degree * width
     per_key = sizes.batch * groups * width
-    inner, outer = grid.inner_size // degree, grid.outer_size
+    inner, outer, latency = grid.inner_size // degree, grid.outer_size, hardware.latency * sizes.passes(groups)
     team = np.arange(inner * outer)
     row, place = team // inner, team % inner
     seconds = exposed = work = received = 0.0
@@ -223,7 +228,7 @@ def _ring(
                 keys = of_teams.keys[team, following].max() if s + 1 < inner else 0.0
                 moved = keys * bytes_per_key
                 compute = factor * flops / hardware.flops
-                transfer = moved / hardware.inner_bandwidth + (hardware.latency if moved else 0.0)
+                transfer = moved / hardware.inner_bandwidth + (latency if moved else 0.0)
                 stage += max(compute, transfer)
                 exposed += max(transfer - compute, 0.0)
                 received += moved
@@ -233,7 +238,7 @@ def _ring(
                 base = (row - u - 1) % outer * inner + place
                 rows_keys = of_teams.keys.reshape(outer, inner, -1).max(1)
                 moved = rows_keys[row, base].max() * bytes_per_key
-                across = moved / hardware.outer_bandwidth + (hardware.latency if moved else 0.0)
+                across = moved / hardware.outer_bandwidth + (latency if moved else 0.0)
                 received += moved
             seconds += max(stage, across)
             exposed += max(across - stage, 0.0)
@@ -265,7 +270,8 @@ def _gather(
     gathered = sizes.batch * sizes.groups * width * sizes.element_size * max(key_shard.lengths) * others
     shown = counted.keys - np.diag(np.diag(counted.keys))
     returned = sizes.batch * sizes.groups * width * 4 * float(max(shown.sum(0).max(), shown.sum(1).max()))
-    steps = min(sizes.groups, _GATHERS)
+    passes = sizes.passes(sizes.groups)
+    steps = min(sizes.groups, max(_GATHERS, passes))
     grid = shard.grid
     bandwidth = hardware.inner_bandwidth if grid.outer_size == 1 else hardware.outer_bandwidth
     seconds = exposed = 0.0
@@ -274,8 +280,8 @@ def _gather(
             moved = 0.0
         compute = factor * flops / hardware.flops
         transfer = moved / bandwidth + (steps * hardware.latency if moved else 0.0)
-        shown_first = transfer / steps
-        hidden = max(transfer - shown_first - compute * (steps - 1) / steps, 0.0)
+        shown_first = transfer * passes / steps  # each pass waits for its first
+        hidden = max(transfer - shown_first - compute * (steps - passes) / steps, 0.0)
         seconds += compute + shown_first + hidden
         exposed += shown_first + hidden
     return Estimate("allgather", 1, seconds, flops, 2 * gathered + returned, exposed)

@@ -24,7 +24,7 @@ from longtrain.parallel.shard import SequenceShard, shard_of
 NAME = "longtrain::sequence_parallel_attention"
 _OPTIONS = (
     "SymInt shard, SymInt key_shard, bool causal, int? left, int? right, float scale, float? softcap, str strategy, "
-    "int? ulysses_degree, str backend"
+    "int? ulysses_degree, int? heads_at_once, str backend"
 )
 _NAMES = [option.split()[1] for option in _OPTIONS.split(", ")]
 
@@ -105,6 +105,7 @@ def _call(
     softcap: float | None,
     strategy: str,
     ulysses_degree: int | None,
+    heads_at_once: int | None,
     backend: str,
 ) -> AttentionCall:
     queries, keys = shard_of(shard), shard_of(key_shard)
@@ -112,7 +113,7 @@ def _call(
     chosen, degree = choose(
         strategy,
         ulysses_degree,
-        sizes=Heads.of(q, k, v),
+        sizes=Heads.of(q, k, v, at_once=heads_at_once),
         device=q.device,
         shard=queries,
         key_shard=keys,
@@ -129,6 +130,7 @@ def _call(
         strategy=chosen,
         degree=degree,
         backend=backend,
+        heads_at_once=heads_at_once,
     )
 
 

@@ -168,6 +168,7 @@ def prepare_attention(
         strategy=way,
         degree=degree,
         backend="auto",
+        heads_at_once=sizes.at_once,
     )
     if way == "gather":
         call.planned(gather_plan)

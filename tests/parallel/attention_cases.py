@@ -38,6 +38,7 @@ class Case:
     key_width: int = 8
     value_width: int = 8
     dominant_keys: bool = False
+    heads_at_once: int | None = None
     backend: str = "auto"
 
 
@@ -180,6 +181,7 @@ def over_ranks(case: Case, dtype: torch.dtype, group: Group, strategy: str = "au
             softcap=case.softcap,
             sinks=sinks,
             strategy=strategy,
+            heads_at_once=case.heads_at_once,
             backend=case.backend,
         )
 

@@ -167,7 +167,7 @@ def _check_operators(rank: int, world: int) -> None:
             torch.library.opcheck(
                 operators.forward,
                 (q, k, v),
-                {**options, "strategy": strategy, "keep": keep},
+                {**options, "strategy": strategy, "keep": keep, "heads_at_once": 1 if keep else None},
                 test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
             )
 

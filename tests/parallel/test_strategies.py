@@ -26,6 +26,7 @@ AXES: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {
     "scores": ({}, {"sinks": True}, {"softcap": 2.5, "scale": 0.7}, {"sinks": True, "softcap": 3.0}),
     "widths": ((8, 8), (8, 5), (4, 6)),
+    "heads_at_once": (None, 1, 3),
 }
 
 
@@ -61,6 +62,7 @@ def _case(choice: dict[str, Any], heads: int) -> Case:
         groups={"all": heads, "two": heads // 2 if heads % 2 == 0 else heads // 3, "one": 1}[choice["groups"]],
         key_width=choice["widths"][0],
         value_width=choice["widths"][1],
+        heads_at_once=choice["heads_at_once"],
         batch=2 if documents is None and keys is None else 1,
         **choice["scores"],
     )

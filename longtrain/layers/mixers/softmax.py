@@ -18,7 +18,7 @@ from longtrain.layers.pamm import PammLinear
 from longtrain.layers.rotary import rotate
 from longtrain.layers.taking import HEADS, PROJECTIONS, Takes
 from longtrain.parallel import SequenceShard
-from longtrain.parallel.attention.choice import STRATEGIES, check_strategy
+from longtrain.parallel.attention.choice import STRATEGIES, check_heads_at_once, check_strategy
 from longtrain.parallel.attention.cost import Heads
 from longtrain.parallel.attention.relaying import check_layout
 
@@ -35,6 +35,9 @@ class SoftmaxConfig(RotaryHeads):
     pamm: int | None = None
     softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them
     strategy: str = "auto"  # how keys and values reach the queries (sequence_parallel_attention)
+    # Key/value heads that attention works on at a time, with their query heads: fewer take less memory and send more,
+    # smaller messages. None: all, or what memory.attention_heads says.
+    heads_at_once: int | None = None
     # Where attention runs. home: the sequence's own layout; another layout's name: q, k, v and the output move there
     # and back; auto: the cost model's choice between home and balanced.
     layout: str = "auto"
@@ -74,6 +77,7 @@ class SoftmaxMixer(Mixer):
         if config.strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {config.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         check_layout(config.layout)
+        check_heads_at_once(config.heads_at_once)
 
     @classmethod
     def check_ranks(cls, config: SoftmaxConfig, *, strategy: str, ranks: int, rows: int) -> None:
@@ -105,11 +109,17 @@ class SoftmaxMixer(Mixer):
         self.out = nn.Linear(self.heads * self.key_width, place.width, bias=False)
         window = None if config.window is None else (config.window, 0)
         self.attention = SequenceParallelAttention(
-            causal=True, window=window, softcap=config.softcap, strategy=config.strategy, layout=config.layout
+            causal=True,
+            window=window,
+            softcap=config.softcap,
+            strategy=config.strategy,
+            heads_at_once=config.heads_at_once,
+            layout=config.layout,
         )
 
     def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
-        sizes = Heads(1, self.heads, self.groups, self.key_width, self.key_width, dtype.itemsize)
+        at_once = self.attention.heads_at_once
+        sizes = Heads(1, self.heads, self.groups, self.key_width, self.key_width, dtype.itemsize, at_once)
         self.attention.prepare(shard, sizes, device=device)
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
