@@ -7,6 +7,7 @@ from functools import cached_property
 from longtrain.config import compose
 from longtrain.errors import UsageError
 from longtrain.planning.devices import Devices
+from longtrain.planning.holding import holding
 from longtrain.planning.roofline import Times, times
 from longtrain.planning.terms import CONTEXT, MARGIN, Memory, memory
 from longtrain.planning.work import Shape, documents
@@ -47,8 +48,8 @@ class Plan:
 
     @property
     def building(self) -> float:
-        """Bytes of a device before the first step: each makes the whole model in float32, and then keeps its share."""
-        return 4.0 * self.shape.weights
+        """Bytes of a device before the first step, at most."""
+        return holding(self.shape).building
 
     @property
     def over(self) -> float:
@@ -97,8 +98,6 @@ def plan(name: str, overrides: Sequence[str], devices: Devices) -> Plan:
     """
     # How many processes a launch starts is for the devices of the plan to say.
     recipe = compose(name, [*overrides, "launch.processes=null"])
-    if recipe.engine != "fsdp":
-        raise UsageError(f"engine: got {recipe.engine!r}, plans know 'fsdp'; plan with engine=fsdp")
     return Plan(Shape(recipe, devices, documents(recipe, devices)))
 
 
@@ -151,7 +150,10 @@ def _candidates(now: Plan) -> list[tuple[str, ...]]:
     if not recipe.memory.shard_blocks:
         found.append(("memory.shard_blocks=true",))
     if not recipe.fsdp.cpu_offload and now.devices.device.architecture is not None:
-        found.append(("fsdp.cpu_offload=true",))
+        offload = "fsdp.cpu_offload=true" if recipe.engine == "fsdp" else "deepspeed.offload_optimizer=cpu"
+        found.append((offload,))
+    if recipe.engine == "deepspeed" and recipe.deepspeed.stage < 3:
+        found.append((f"deepspeed.stage={recipe.deepspeed.stage + 1}",))
     for key, value in (("offload", "inputs"), ("offload", "attention")):
         if getattr(recipe.memory, key, value) != value:
             found.append((f"memory.{key}={value}",))

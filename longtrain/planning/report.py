@@ -21,7 +21,7 @@ def report(plan: Plan) -> str:
         _row("margin", plan.margin),
         _row("in all", plan.needed),
         f"fullest moment: {plan.memory.moment}",
-        f"before the first step, the whole model in float32: {plan.building / GIB:.1f} GiB",
+        f"while the model is made, in float32: {plan.building / GIB:.1f} GiB",
     ]
     if plan.memory.host:
         lines.append(f"on the host, for each device: {plan.memory.host / GIB:.1f} GiB")

@@ -15,6 +15,7 @@ from typing import Any
 
 from longtrain.dry_run import TERMS
 from longtrain.layers.pattern import Layer
+from longtrain.planning.holding import holding
 from longtrain.planning.policy import policies
 from longtrain.planning.work import Shape
 
@@ -52,11 +53,7 @@ class _Moment:
 def memory(shape: Shape) -> Memory:
     """The fullest moment of a step."""
     fullest = max(_moments(shape), key=lambda moment: sum(moment.terms.values()))
-    host = _activations_away(shape)
-    if _offloaded(shape):
-        share = _share(shape)
-        host += shape.weights * share * (4 + 4 + _states(shape))
-    return Memory(fullest.terms, fullest.name, host)
+    return Memory(fullest.terms, fullest.name, _activations_away(shape) + holding(shape).host)
 
 
 def _moments(shape: Shape) -> Iterator[_Moment]:
@@ -74,13 +71,8 @@ def _moments(shape: Shape) -> Iterator[_Moment]:
 def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
     """What is held whatever runs, and of the first `layers` layers what backward has still to use."""
     moment = _Moment(name)
-    recipe, share = shape.recipe, _share(shape)
-    if not _offloaded(shape):
-        moment.add("weights", 4 * shape.weights * share)
-        moment.add("optimizer", _states(shape) * shape.weights * share)
-    outside = shape.outer_weights if recipe.memory.shard_blocks else shape.weights
-    moment.add("gathered weights", shape.size * outside)
-    tokens, size, width = shape.tokens, shape.size, recipe.model.width
+    holding(shape).resident(moment.add)
+    tokens, size, width = shape.tokens, shape.size, shape.recipe.model.width
     for index, (layer, policy) in enumerate(zip(shape.layers[:layers], policies(shape)[:layers], strict=True)):
         input_away, results_away = _away(shape, policy)
         near = index >= layers - _near(shape)
@@ -101,18 +93,7 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
 def _block_backward(shape: Shape, index: int, name: str) -> _Moment:
     count, layer, policy = len(shape.layers), shape.layers[index], policies(shape)[index]
     moment = _start(shape, f"{name} of layer {index + 1} of {count}, backward", layers=index + 1)
-    block = shape.block_weights[index]
-    if shape.recipe.memory.shard_blocks:
-        moment.add("gathered weights", shape.size * block)
-        done = shape.block_weights[index + 1 :]
-        moment.add("gradients", 4 * sum(done) * _share(shape) * (not _offloaded(shape)))
-        if shape.devices.count > 1 and index > 0:
-            moment.add("gathered weights", shape.size * shape.block_weights[index - 1])
-        if done:
-            moment.add("gathered weights", 4 * done[0])
-    else:
-        moment.add("working set", shape.size * sum(shape.block_weights[index + 1 :]))
-    moment.add("working set", shape.size * _head_weights(shape))  # the head's gradient waits for the end
+    holding(shape).block(index, moment.add)
     tokens = shape.tokens
     if policy != "none":
         moment.add("working set", tokens * shape.size * _kept(shape, layer))
@@ -125,18 +106,17 @@ def _mlp_backward(shape: Shape, index: int) -> _Moment:
     """dy has come down through `down`: the gradient of gate and up is alive beside gate, up and their product."""
     moment, model = _block_backward(shape, index, "MLP"), shape.recipe.model
     moment.add("working set", shape.tokens * shape.size * (model.width + 3 * model.hidden))
-    moment.add("working set", shape.size * model.width * model.hidden)  # the gradient of `down`
+    moment.add("working set", holding(shape).waiting(model.width * model.hidden))  # the gradient of `down`
     return moment
 
 
 def _attention_backward(shape: Shape, index: int) -> _Moment:
     """The MLP is done, and its gradients wait to be summed; the mixer's own are made."""
     moment, model, layer = _block_backward(shape, index, "mixer"), shape.recipe.model, shape.layers[index]
-    moment.add("working set", -shape.tokens * shape.size * (3 * model.hidden + model.width))
-    moment.add("working set", shape.size * 3 * model.width * model.hidden)
     keys, values = _widths(layer)
+    moment.add("working set", -shape.tokens * shape.size * (3 * model.hidden + model.width))
+    moment.add("working set", holding(shape).waiting(3 * model.width * model.hidden + layer.place.width * values))
     moment.add("working set", shape.tokens * shape.size * values)  # dout
-    moment.add("working set", shape.size * layer.place.width * values)
     moment.add("ring buffers", ring_bytes(shape, layer, keys=keys, values=values))
     return moment
 
@@ -154,27 +134,11 @@ def _loss(shape: Shape) -> _Moment:
 
 
 def _end_of_backward(shape: Shape) -> Iterator[_Moment]:
-    """Weights outside of blocks, whose gradients wait until here, are reduced; the blocks' gradients are there."""
-    outside = shape.outer_weights if shape.recipe.memory.shard_blocks else shape.weights
-    for name in ("copied", "summed"):
+    for name, terms in holding(shape).end():
         moment = _start(shape, f"end of backward, gradients {name}", layers=0)
-        moment.add("gathered weights", -shape.size * outside)  # no longer needed
-        moment.add("gathered weights", 4 * outside)
-        moment.add("gradients", 4 * (shape.weights - outside) * _share(shape) * (not _offloaded(shape)))
-        if name == "copied":
-            moment.add("working set", shape.size * outside)
-        else:
-            moment.add("gathered weights", 4 * outside * _share(shape))
+        for term, size in terms:
+            moment.add(term, size)
         yield moment
-
-
-def _share(shape: Shape) -> float:
-    """Which part of weights, gradients and states a device holds."""
-    return shape.recipe.fsdp.replicas / shape.devices.count
-
-
-def _offloaded(shape: Shape) -> bool:
-    return shape.recipe.fsdp.cpu_offload and shape.devices.device.architecture is not None
 
 
 def _away(shape: Shape, policy: str) -> tuple[bool, bool]:
@@ -196,21 +160,6 @@ def _activations_away(shape: Shape) -> float:
         inputs, results = _away(shape, policy)
         total += each * inputs + shape.tokens * _results(shape, layer) * results
     return total
-
-
-def _states(shape: Shape) -> float:
-    """Bytes of optimizer state for each weight."""
-    name = shape.recipe.optimizer.name
-    if name == "sgd":
-        return 0.0
-    if name == "muon":
-        inside = sum(shape.block_weights)
-        return (4 * inside + 8 * shape.outer_weights) / shape.weights
-    return 8.0
-
-
-def _head_weights(shape: Shape) -> int:
-    return shape.vocabulary * shape.recipe.model.width
 
 
 def _widths(layer: Layer) -> tuple[int, int]:

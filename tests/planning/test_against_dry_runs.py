@@ -24,8 +24,10 @@ CASES = [
 @pytest.mark.parametrize(("recipe", "devices", "overrides"), CASES)
 def test_plans_are_what_dry_runs_hold(recipe: str, devices: str, overrides: list[str]):
     named = devices_named(devices)
-    planned = plan(recipe, overrides, named).memory
-    held = dry_run(recipe, overrides, world=named.count, architecture=named.device.architecture).peak
+    whole = plan(recipe, overrides, named)
+    dry = dry_run(recipe, overrides, world=named.count, architecture=named.device.architecture)
+    planned, held = whole.memory, dry.peak
     off = {t: planned.terms[t] / max(held[t], 1) - 1 for t in TERMS if max(held[t], planned.terms[t]) > 1e8}
     off["total"] = planned.total / held["total"] - 1
+    off["building"] = whole.building / dry.building["total"] - 1
     assert max(map(abs, off.values())) < 0.05, off
