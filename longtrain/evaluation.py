@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(recipe: Recipe, processes: Processes, run_dir: Path, sequences: int) -> tuple[Evaluation, int]:
     """Evaluate the newest checkpoint; returns the evaluation and the checkpoint's step."""
     training, held_out = everywhere(lambda: build_data(recipe.data, seed=recipe.seed))
-    trainer = build_trainer(recipe, processes, training)
+    trainer = build_trainer(recipe, processes, training, restored=True)
     everywhere(lambda: restore(trainer, run_dir))
     return trainer.evaluate(held_out, sequences), trainer.step
 

@@ -1,5 +1,6 @@
 """A Llama-shaped decoder whose blocks name their token mixer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -10,7 +11,7 @@ from longtrain.kernels import linear_cross_entropy, tiled_mlp
 from longtrain.layers import LayerPlace, Mixer, SwiGLU
 from longtrain.layers.mixers.base import Shared, SharingMixer
 from longtrain.layers.norm import RMSNorm
-from longtrain.layers.pattern import LayersConfig, hands_on, named_layers
+from longtrain.layers.pattern import LayersConfig, hands_on, layer_names, named_layers
 from longtrain.memory import MemoryConfig, layer_policies, run_block, store_for
 from longtrain.parallel import SequenceShard
 
@@ -101,38 +102,35 @@ class Decoder(nn.Module):
         self, config: ModelConfig, layers: LayersConfig, *, vocabulary: int, memory: MemoryConfig = KEEP_EVERYTHING
     ) -> None:
         super().__init__()
-        planned = named_layers(layers, width=config.width, depth=config.depth, meta=config.meta_tokens)
         self.memory = memory
-        self.policies = layer_policies(memory.recompute, [layer.name for layer in planned])
-        self.embedding = nn.Embedding(vocabulary, config.width)
+        self.policies = layer_policies(memory.recompute, layer_names(layers, config.depth))
+        made: dict[str, Any] = dict(self.parts(config, layers, vocabulary=vocabulary, memory=memory))
+        self.embedding: nn.Embedding = made["embedding"]
         # Learned tokens in front of every document, "meta tokens" ("Hymba", section 2.3): a text of their own, whose
         # hidden states depend on weights only. Each rank carries its copy of them through all layers.
         meta = torch.empty(config.meta_tokens, config.width) if config.meta_tokens else None
         self.meta_embedding = None if meta is None else nn.Parameter(meta)
-        self.blocks = nn.ModuleList(
-            Block(config, layer.mixer(layer.options, layer.place), tile=memory.tile, hands_on=hands)
-            for layer, hands in zip(planned, hands_on(planned), strict=True)
-        )
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, vocabulary, bias=False)
-        self._initialise(config)
+        self.blocks = nn.ModuleList(made[f"blocks.{index}"] for index in range(config.depth))
+        self.norm: RMSNorm = made["norm"]
+        self.head: nn.Linear = made["head"]
+        for _, parameter, std in draws(self, config):
+            nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
         if config.tie_embedding:
             self.head.weight = self.embedding.weight
 
-    def _initialise(self, config: ModelConfig) -> None:
-        """Normal weights; what adds to the residual stream is smaller, so that depth does not raise its variance."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith(("mixer.out", "mlp.down")):
-                    std /= (2 * config.depth) ** 0.5
-                nn.init.normal_(module.weight, std=std)
-        # The first guess is an even one. Tied, large embeddings would make each token predict itself.
-        nn.init.zeros_(self.head.weight)
-        std = 0.02 if config.tie_embedding else 1.0
-        nn.init.normal_(self.embedding.weight, std=std)
-        if self.meta_embedding is not None:
-            nn.init.normal_(self.meta_embedding, std=std)
+    @staticmethod
+    def parts(
+        config: ModelConfig, layers: LayersConfig, *, vocabulary: int, memory: MemoryConfig
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that a decoder is made of, by name, each made when it is asked for."""
+        yield "embedding", nn.Embedding(vocabulary, config.width)
+        planned = named_layers(layers, width=config.width, depth=config.depth, meta=config.meta_tokens)
+        for index, (layer, hands) in enumerate(zip(planned, hands_on(planned), strict=True)):
+            mixer = layer.mixer(layer.options, layer.place)
+            yield f"blocks.{index}", Block(config, mixer, tile=memory.tile, hands_on=hands)
+            del mixer  # not beside the next one
+        yield "norm", RMSNorm(config.width, eps=config.norm_eps)
+        yield "head", nn.Linear(config.width, vocabulary, bias=False)
 
     def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
         """Do the host's work for a batch on `shard` ahead, in a data loader say; it will run on `device` in `dtype`."""
@@ -204,6 +202,25 @@ class Decoder(nn.Module):
             x, state, shared = cast(Block, block).step(x, state, shared)
             after.append(state)
         return self.head(self.norm(x)), after
+
+
+def draws(model: Decoder, config: ModelConfig) -> Iterator[tuple[str, Tensor, float]]:
+    """The weights that begin normal, in the order in which they are drawn, with their standard deviations; 0: zeros.
+
+    What adds to the residual stream is smaller, so that depth does not raise its variance.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            std = module.in_features**-0.5
+            if name.endswith(("mixer.out", "mlp.down")):
+                std /= (2 * config.depth) ** 0.5
+            yield f"{name}.weight", module.weight, std
+    # The first guess is an even one. Tied, large embeddings would make each token predict itself.
+    yield "head.weight", model.head.weight, 0.0
+    std = 0.02 if config.tie_embedding else 1.0
+    yield "embedding.weight", model.embedding.weight, std
+    if model.meta_embedding is not None:
+        yield "meta_embedding", model.meta_embedding, std
 
 
 _LOGITS_AT_ONCE = 2**26

@@ -28,6 +28,7 @@ from longtrain.config import compose, source_of, to_yaml
 from longtrain.data import Sequences, build_data
 from longtrain.engines import PRECISIONS, DeepSpeedEngine, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
+from longtrain.initialisation import Values, initial_values
 from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.linearisation import (
     MATCH,
@@ -140,14 +141,25 @@ def train(recipe: Recipe, processes: Processes) -> None:
 
 
 def build_trainer(
-    recipe: Recipe, processes: Processes, training: Sequences, *, source: Source | None = None, matching: bool = False
+    recipe: Recipe,
+    processes: Processes,
+    training: Sequences,
+    *,
+    source: Source | None = None,
+    matching: bool = False,
+    restored: bool = False,
 ) -> Trainer:
-    """The trainer of a recipe, on these processes; every rank makes the same weights from the seed.
+    """The trainer of a recipe, on these processes; every rank makes the same weights from the seed, and keeps its part.
 
-    source: the trained run that the recipe starts from, to start from it; matching: with its first stage.
+    source: the trained run that the recipe starts from, to start from it; matching: with its first stage. restored: a
+    checkpoint will bring the weights, so none are made.
     """
     stage = recipe.linearise.match_steps
-    model = _model(recipe, processes.device, training.vocabulary, source, matching=matching)
+    vocabulary = recipe.model.vocabulary or training.vocabulary
+    if source is None:
+        model, values = _shapes(recipe, processes.device, vocabulary, weights=not restored)
+    else:
+        model, values = _model(recipe, processes.device, vocabulary, source, matching=matching), None
     return Trainer(
         model,
         config=dataclasses.replace(recipe.trainer, steps=stage) if matching else recipe.trainer,
@@ -160,24 +172,33 @@ def build_trainer(
         layout=recipe.parallel.layout,
         blocks=tuple(model.blocks) if recipe.memory.shard_blocks else (),
         prepare=partial(model.prepare, device=processes.device, dtype=PRECISIONS[recipe.trainer.precision]),
+        values=values,
         engine=engine_of(recipe),
     )
 
 
-def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source | None, *, matching: bool) -> Decoder:
-    """The recipe's model, weights from the seed or a trained run; matching: with that run's mixers beside its own."""
+def _shapes(recipe: Recipe, device: torch.device, vocabulary: int, *, weights: bool) -> tuple[Decoder, Values]:
+    """The recipe's model without memory, and what its weights begin with from the seed; no weights: its buffers."""
+    layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
+    sizes = {"vocabulary": vocabulary, "memory": recipe.memory}
+    with torch.device("meta"):
+        model = Decoder(recipe.model, layers, **sizes)
+    values = initial_values(model, recipe.model, layers, **sizes, seed=recipe.seed, device=device, weights=weights)
+    return model, values
+
+
+def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source, *, matching: bool) -> Decoder:
+    """The recipe's model with the weights of a trained run; matching: with that run's mixers beside its own."""
     torch.manual_seed(recipe.seed)
-    vocabulary = recipe.model.vocabulary or vocabulary
     layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
     with device:
-        if source is not None and matching:
+        if matching:
             old = teachers(source, recipe_layers(recipe))
             torch.manual_seed(recipe.seed)  # making these has drawn numbers
             model = MatchingDecoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory, teachers=old)
         else:
             model = Decoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory)
-        if source is not None:
-            load_weights(model, source, recipe_layers(recipe))
+        load_weights(model, source, recipe_layers(recipe))
     return model
 
 
@@ -188,7 +209,8 @@ def first_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
         step = on_first_rank(lambda: _step_of(Path(cast(str, recipe.resume))))
     matching = step < recipe.linearise.match_steps
     source = everywhere(lambda: source_of(recipe)) if matching or step == 0 else None
-    return build_trainer(recipe, processes, training, source=source, matching=matching)
+    restored = recipe.resume is not None
+    return build_trainer(recipe, processes, training, source=source, matching=matching, restored=restored)
 
 
 def next_trainer(recipe: Recipe, processes: Processes, training: Sequences, trainer: Trainer) -> Trainer:

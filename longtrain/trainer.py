@@ -8,7 +8,7 @@ it does not depend on how the step is cut.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -107,6 +107,7 @@ class Trainer:
         data: training sequences; `position` counts how many have been used.
         mesh: over all ranks, as `longtrain.parallel.build_mesh` makes it.
         layout: how each sequence is spread over the sequence group.
+        values: where the model is on the meta device, its weights' and buffers' values; see `longtrain.engines.Setup`.
         engine: makes what shards the weights and takes the steps; `longtrain.engines` has them.
         objective: what the steps make smaller.
         first: steps that others have taken before: the schedule runs from there to ``config.steps``.
@@ -124,6 +125,7 @@ class Trainer:
         layout: str,
         blocks: Iterator[nn.Module] | tuple[nn.Module, ...] = (),
         prepare: Callable[[SequenceShard], None] = lambda shard: None,
+        values: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
         engine: EngineFactory = FSDPEngine,
         objective: Objective = LANGUAGE_MODEL,
         first: int = 0,
@@ -147,6 +149,7 @@ class Trainer:
                 optimizer=optimizer,
                 clip=config.clip,
                 accumulation=config.accumulation,
+                values=values,
             )
         )
         self.model = self.engine.model

@@ -1,7 +1,7 @@
 """What a trainer asks of an engine: who holds which weights, gradients and optimizer state, and who sums what."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Setup:
     """What an engine is made of: a model, and what the trainer wants done with it.
 
-    Weights come whole, the same on every rank, float32, on the device of the mesh. Blocks are the parts of the model
-    whose weights are gathered one at a time; none: all at once.
+    Weights come whole, the same on every rank, float32, on the device of the mesh; or on the meta device, with `values`
+    that gives their values by name, whole and one after the other, so that an engine need not hold more of them than it
+    keeps and one block. Blocks are the parts of the model whose weights are gathered one at a time; none: all at once.
     """
 
     model: nn.Module
@@ -28,6 +29,7 @@ class Setup:
     optimizer: OptimizerConfig
     clip: float  # largest norm of all gradients together; inf: any
     accumulation: int = 1  # micro-batches of a step
+    values: Callable[[], Iterable[tuple[str, Tensor]]] | None = None  # weights and buffers; the last of a name counts
 
 
 class Engine(ABC):
@@ -67,6 +69,34 @@ class Engine(ABC):
     @abstractmethod
     def loaded(self, tensors: dict[str, Tensor]) -> None:
         """Take over what was written into the tensors that `tensors` gave."""
+
+
+def give_memory(module: nn.Module, mesh: DeviceMesh, *, hollow: bool = False) -> None:
+    """Give what a module has on the meta device memory on the mesh's device, whose content is not set.
+
+    Weights that are tied inside of the module stay tied. hollow: weights get that of one number, which stands for all.
+    """
+    device, made = torch.device(mesh.device_type), {}
+
+    def real(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            weight = isinstance(tensor, nn.Parameter)
+            shape = () if weight and hollow else tensor.shape
+            empty = torch.empty(shape, dtype=tensor.dtype, device=device).expand(tensor.shape)
+            made[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if weight else empty
+        return made[tensor]
+
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    held[name] = real(tensor)  # type: ignore[assignment]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers under all of their names."""
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: tensor for tensors in named for name, tensor in tensors}
 
 
 EngineFactory = Callable[[Setup], Engine]

@@ -6,6 +6,7 @@ every stage. (Told of a sequence group, its stages 1 and 2 scale gradients by wo
 
 import logging
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from longtrain.engines.base import Engine, Setup
+from longtrain.engines.base import PRECISIONS, Engine, Setup, give_memory, named_tensors
 from longtrain.engines.deepspeed_config import DeepSpeedConfig, Wanted, deepspeed_json
 from longtrain.errors import UsageError
 from longtrain.muon import Muon, Slice
@@ -50,6 +51,8 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, setup: Setup, config: DeepSpeedConfig = DEFAULTS) -> None:
         deepspeed = _import_deepspeed()
+        if setup.values is not None:
+            give_memory(setup.model, setup.mesh, hollow=config.stage == 3)
         self.stage = config.stage
         self._mesh = setup.mesh._flatten("everyone") if setup.mesh.ndim > 1 else setup.mesh
         # Checkpoints are put together in host memory.
@@ -67,22 +70,40 @@ class DeepSpeedEngine(Engine):
         self._owners = {
             names[p]: part for part, _ in self.optimizers.parts for group in part.param_groups for p in group["params"]
         }
-        # DeepSpeed takes its float32 weights from those that it has rounded: they get the exact ones back.
-        rounded = setup.precision != "float32"
-        exact = {name: p.detach().cpu() for name, p in self._parameters.items()} if rounded else {}
+        exact = self._fill(setup)
         if config.stage == 3 and setup.blocks:
             deepspeed.utils.set_z3_leaf_modules(setup.model, list({type(block) for block in setup.blocks}))
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        if config.stage == 3 and setup.values is not None:
+            _partition(deepspeed, setup, options)
         self._engine, self._zero, *_ = deepspeed.initialize(model=setup.model, optimizer=optimizer, config=options)
         self.model = self._engine
         if config.stage == 3:
             self._gather_with_the_model(deepspeed, setup)
         self._places = {} if config.stage == 0 else self._find_places()
         self._show_slices_to_muon()
-        for name, value in exact.items():
-            self._write(self._places[name].within(self._places[name].flat), name, value)
-        if exact:
+        if exact is not None:
+            for name, value in exact():
+                if (place := self._places.get(name)) is not None:
+                    self._write(place.within(place.flat), name, value)
             self._weights_from_float32()
+
+    @torch.no_grad()
+    def _fill(self, setup: Setup) -> Callable[[], Iterable[tuple[str, Tensor]]] | None:
+        """Set what is given as values; returns those that DeepSpeed's float32 weights must be given in the end.
+
+        It takes them from weights that it has rounded, and of hollow ones there are none.
+        """
+        rounded, hollow = setup.precision != "float32", self.stage == 3
+        if setup.values is None:
+            exact = {name: p.detach().cpu() for name, p in self._parameters.items()} if rounded else {}
+            return exact.items if rounded else None
+        tensors = dict(setup.model.named_buffers()) if hollow else named_tensors(setup.model)
+        for name, value in setup.values():
+            if name in tensors:
+                tensors[name].copy_(value)
+            del value  # not beside the next one
+        return setup.values if rounded or hollow else None
 
     def begin(self, *, last: bool) -> None:
         self._last = last
@@ -203,6 +224,16 @@ class DeepSpeedEngine(Engine):
                         piece = Slice((rows, columns), place.offset, place.size, held)
                         slices.setdefault(place.flat, []).append(piece)
                 part.use_slices(slices, self._mesh.get_group())
+
+
+def _partition(deepspeed: Any, setup: Setup, options: dict[str, Any]) -> None:
+    """Cut hollow weights into the ranks' shares, block by block: no more than one is whole at a time."""
+    compute = PRECISIONS[setup.precision]
+    for part in (*setup.blocks, setup.model):
+        for parameter in part.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = torch.zeros(parameter.shape, dtype=compute, device=parameter.device)
+        deepspeed.zero.Init(module=part, config_dict_or_path=options, dtype=compute)
 
 
 def _import_deepspeed() -> Any:

@@ -1,6 +1,7 @@
 """FSDP2: torch's own `fully_shard`. Weights are `DTensor`s sharded by rows, gathered where a block runs."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from longtrain.engines.base import PRECISIONS, Engine, Setup
+from longtrain.checkpoint.format import part_of
+from longtrain.engines.base import PRECISIONS, Engine, Setup, give_memory, named_tensors
 from longtrain.errors import UsageError
 from longtrain.optimizer import Optimizers
 
@@ -42,11 +44,15 @@ class FSDPEngine(Engine):
         if config.cpu_offload and setup.mesh.device_type != "cpu":
             offload = CPUOffloadPolicy()
         for block in setup.blocks:
+            give_memory(block, setup.mesh)  # of one at a time: sharded, it keeps this rank's part
             fully_shard(block, mesh=ranks, mp_policy=policy, offload_policy=offload)
+        give_memory(setup.model, setup.mesh)
         self.model = setup.model
         self._sharded = fully_shard(
             setup.model, mesh=ranks, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
         )
+        if setup.values is not None:
+            _fill(setup.model, setup.values())
         self.optimizers = Optimizers(setup.optimizer, setup.model)
         self._world, self._clip = setup.mesh.size(), setup.clip
 
@@ -73,6 +79,16 @@ class FSDPEngine(Engine):
 
     def loaded(self, tensors: dict[str, Tensor]) -> None:
         self.optimizers.loaded(tensors)  # weights, and most of the state, are the engine's own tensors
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Take this rank's part of each value, whose name comes with it."""
+    tensors = named_tensors(model)
+    for name, value in values:
+        part = part_of(name, tensors[name])
+        part.local.copy_(value[part.offset : part.offset + part.rows])
+        del value  # not beside the next one
 
 
 def check_fsdp(config: FSDPConfig) -> None:
