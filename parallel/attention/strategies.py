@@ -31,7 +31,7 @@ def attention_forward_over_ranks(
             return _forward(q, k, v, call, dtype=dtype, keep=keep)
         exchange = HeadExchange(call.shard, call.key_shard, degree=call.degree, heads=q.shape[2], groups=k.shape[2])
         by_heads = exchange.to_heads([q], [k, v])
-        out, lse, last = _forward(*by_heads, call, dtype=dtype, keep=keep)
+        out, lse, last = _forward(by_heads[0], by_heads[1], by_heads[2], call, dtype=dtype, keep=keep)
         held = [*by_heads, out, lse, *last] if keep else []
         out, lse = exchange.to_tokens([out, lse], [], k.shape[2])
         return out, lse, held
