@@ -129,7 +129,7 @@ REFUSED = [
         "memory.attention_heads",
         "no layers.mixers.softmax.heads_at_once",
     ),
-    (["layers.mixers={softmax: {heads_at_once: 0}}"], "heads_at_once", "0", "from 1 on"),
+    (["layers.mixers={softmax: {heads_at_once: 0}}"], "layers.mixers.softmax.heads_at_once", "0", "from 1 on"),
     (["memory.recompute={sofmax: full}"], "memory.recompute.sofmax", "'softmax'"),
     (["engine=fsdpp"], "engine", "'fsdpp'", "fsdp"),
     (["optimizer.name=adam"], "optimizer.name", "'adam'", "adamw"),
