@@ -131,6 +131,20 @@ def test_the_command_trains_and_resumes_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.full
+def test_the_recipe_of_zero_3_with_offload_trains_in_small(tmp_path: Path) -> None:
+    """Its shape, engine, precision and memory keys, in small: the recipe's own size needs a node of cards."""
+    small = ["model.width=64", "model.depth=2", "model.mlp_width=96", "model.vocabulary=512", "data.length=256"]
+    mixers = "layers.mixers={softmax: {heads: 8, kv_heads: 4}}"
+    words = ["llama_8b_zero3", *small, mixers, "memory.tile=32", "trainer.steps=4", "run_dir=run"]
+    words += ["launch.processes=2", "launch.device=cpu", "trainer.evaluate_sequences=2"]
+    ended = run_command([*LONGTRAIN, "train", *words], cwd=tmp_path, timeout=480, env={"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stdout
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert all(np.isfinite(step["loss"]) and step["gradient_norm"] > 0 for step in steps)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -19,6 +19,9 @@ TOLD = "tests/parallel/test_agreement.py::test_every_rank_is_told_what_each_gave
 GAPS = "tests/parallel/test_attention_gaps.py::"
 ROUNDED = GAPS + "test_bfloat16_loses_nothing_over_ranks"
 
+HEADS = "tests/parallel/test_attention_heads.py::test_groups_of_heads_are_all_heads[1]"
+FLOAT32 = "tests/parallel/test_attention_heads.py::test_what_is_float32_lives_for_one_group"
+
 RING, GATHER = "parallel/attention/ring.py", "parallel/attention/gather.py"
 NEEDS, PLAN = "parallel/attention/needs.py", "parallel/attention/plan.py"
 ULYSSES, STEPS = "parallel/heads.py", "parallel/attention/strategies.py"
@@ -219,8 +222,8 @@ MUTATIONS = (
     Mutation(
         "key-head-copies-rounded",
         STEPS,
-        "grads[0].to(dtypes[0])], grads[1:],",
-        "grads[0].to(dtypes[0])], [x.to(dtypes[1]).to(state) for x in grads[1:]],",
+        "exchange.to_tokens(grads[:1], grads[1:], groups)",
+        "exchange.to_tokens(grads[:1], [x.to(dtypes[1]).to(state) for x in grads[1:]], groups)",
         (ROUNDED + "[ulysses]",),
     ),
     Mutation("team-places-wrong", ULYSSES, "np.asarray(counted,", "np.asarray(np.roll(counted, 1),", (TWO,)),
@@ -232,6 +235,10 @@ MUTATIONS = (
         "torch.zeros_like(lse)",
         (TWO,),
     ),
+    # Some heads at a time.
+    Mutation("last-heads-left-out", STEPS, "range(0, groups, at_once)", "range(0, groups - 1, at_once)", (HEADS,)),
+    Mutation("query-heads-begin-early", STEPS, "slice(start * share,", "slice(max(start - 1, 0) * share,", (HEADS,)),
+    Mutation("heads-never-apart", STEPS, "min(call.heads_at_once or groups, groups)", "groups", (FLOAT32,)),
     # The handshake.
     Mutation("handshake-dropped", OPERATORS, "    agree(shard, signature, device=q.device)", "    pass", (TOLD,)),
 )

@@ -10,7 +10,23 @@ UNROUNDED = "tests/engines/test_deepspeed.py::test_weights_are_kept_unrounded_in
 ACCUMULATED = "tests/test_training.py::test_gradients_are_the_same[2-1-contiguous-2-none-False]"
 CONTRADICTS = "tests/engines/test_deepspeed.py::test_a_file_that_contradicts_the_recipe_is_refused_with_both_keys"
 
+BEGUN = "tests/test_initialisation.py::"
+
 MUTATIONS = (
+    Mutation(
+        "blocks-whole-on-every-rank-while-made",
+        FSDP,
+        "        for block in setup.blocks:\n            give_memory(",
+        "        give_memory(setup.model, setup.mesh)\n        for block in setup.blocks:\n            give_memory(",
+        (f"{BEGUN}test_no_rank_holds_the_whole_model",),
+    ),
+    Mutation(
+        "weights-drawn-in-another-order",
+        "longtrain/initialisation.py",
+        "for name, shape, std in order if weights else ():",
+        "for name, shape, std in order[::-1] if weights else ():",
+        (f"{BEGUN}test_every_mixer_begins_as_when_it_is_made_whole",),
+    ),
     Mutation(
         "fsdp-averages-over-ranks",
         FSDP,
@@ -49,8 +65,8 @@ MUTATIONS = (
     Mutation(
         "float32-weights-from-rounded-ones",
         DEEPSPEED,
-        'rounded = setup.precision != "float32"',
-        "rounded = False",
+        'rounded, hollow = setup.precision != "float32", self.stage == 3',
+        "rounded, hollow = False, self.stage == 3",
         (UNROUNDED,),
     ),
     Mutation(

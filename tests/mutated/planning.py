@@ -3,7 +3,7 @@
 from tests.mutated.mutation import Mutation
 
 MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
-TERMS, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("terms", "work", "planner"))
+HOLDING, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "work", "planner"))
 DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
 
 MUTATIONS = (
@@ -30,9 +30,15 @@ MUTATIONS = (
     ),
     Mutation(
         "plan-of-half-the-weights",
-        TERMS,
-        'moment.add("weights", 4 * shape.weights * share)',
-        'moment.add("weights", 2 * shape.weights * share)',
+        HOLDING,
+        """        if self._here:
+            add("weights", 4 * shape.weights * self.share)
+            add("optimizer", states(shape) * shape.weights * self.share)
+        add(""",
+        """        if self._here:
+            add("weights", 2 * shape.weights * self.share)
+            add("optimizer", states(shape) * shape.weights * self.share)
+        add(""",
         (f"{PLANS}test_weights_and_work_are_counted",),
     ),
     Mutation(

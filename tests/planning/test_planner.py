@@ -17,6 +17,7 @@ SIZED = {
     "llama_8b_1m": "8xh200",
     "llama_8b_15m": "32xh100",
     "llama_8b_3700k": "8xh100",
+    "llama_8b_zero3": "8xh100",
     "hybrid_1b_1m": "1xh200",
     "hybrid_1b_4m": "8xh200",
     "llama_70b_512k": "64xh200",
@@ -110,6 +111,23 @@ def test_how_long_a_llama_8b_can_be(devices: str, overrides: list[str], most: fl
     planned = plan("llama_8b_1m", overrides, devices_named(devices))
     assert planned.fits and planned.memory.total < most * GIB
     assert planned.memory.host * planned.devices.count < 900 * GIB
+
+
+def test_zero_holds_less_at_every_stage_and_leaves_the_rest_to_the_host():
+    devices = devices_named("8xh100")
+    totals = []
+    for stage in (1, 2, 3):
+        planned = plan("llama_8b_zero3", [f"deepspeed.stage={stage}", "deepspeed.offload_optimizer=none"], devices)
+        terms = planned.memory.terms
+        assert terms["optimizer"] == 8 * LLAMA_8B / 8 and planned.memory.host == 0
+        sharded = (4 if stage < 3 else 4 + 2) * LLAMA_8B / 8
+        assert terms["weights"] == sharded
+        totals.append(planned.memory.total)
+    assert totals == sorted(totals, reverse=True)
+    away = plan("llama_8b_zero3", [], devices).memory
+    assert away.terms["optimizer"] == 0 and away.terms["weights"] == 2 * LLAMA_8B / 8
+    assert away.host == 16 * LLAMA_8B / 8
+    assert totals[-1] - away.total == pytest.approx(16 * LLAMA_8B / 8)
 
 
 @pytest.mark.parametrize("name", ["llama_8b_15m", "llama_8b_3700k"])
