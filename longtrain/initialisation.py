@@ -21,6 +21,23 @@ Values = Callable[[], Iterator[tuple[str, Tensor]]]
 """Gives weights and buffers by name, one after the other."""
 
 
+def shapes_and_values(
+    config: ModelConfig,
+    layers: LayersConfig,
+    *,
+    vocabulary: int,
+    memory: MemoryConfig,
+    seed: int,
+    device: torch.device,
+    weights: bool = True,
+) -> tuple[Decoder, Values]:
+    """A decoder on the meta device, and its `initial_values`."""
+    with torch.device("meta"):
+        model = Decoder(config, layers, vocabulary=vocabulary, memory=memory)
+    sizes = {"vocabulary": vocabulary, "memory": memory}
+    return model, initial_values(model, config, layers, **sizes, seed=seed, device=device, weights=weights)
+
+
 def initial_values(
     model: Decoder,
     config: ModelConfig,

@@ -28,7 +28,7 @@ from longtrain.config import compose, source_of, to_yaml
 from longtrain.data import Sequences, build_data
 from longtrain.engines import PRECISIONS, DeepSpeedEngine, EngineFactory, FSDPEngine
 from longtrain.errors import UsageError, leave, report_failure
-from longtrain.initialisation import Values, initial_values
+from longtrain.initialisation import Values, shapes_and_values
 from longtrain.layers.pattern import describe_layers, with_strategy
 from longtrain.linearisation import (
     MATCH,
@@ -155,11 +155,7 @@ def build_trainer(
     checkpoint will bring the weights, so none are made.
     """
     stage = recipe.linearise.match_steps
-    vocabulary = recipe.model.vocabulary or training.vocabulary
-    if source is None:
-        model, values = _shapes(recipe, processes.device, vocabulary, weights=not restored)
-    else:
-        model, values = _model(recipe, processes.device, vocabulary, source, matching=matching), None
+    model, values = _model(recipe, processes.device, training, source, matching=matching, weights=not restored)
     return Trainer(
         model,
         config=dataclasses.replace(recipe.trainer, steps=stage) if matching else recipe.trainer,
@@ -177,29 +173,20 @@ def build_trainer(
     )
 
 
-def _shapes(recipe: Recipe, device: torch.device, vocabulary: int, *, weights: bool) -> tuple[Decoder, Values]:
-    """The recipe's model without memory, and what its weights begin with from the seed; no weights: its buffers."""
+def _model(
+    recipe: Recipe, device: torch.device, training: Sequences, source: Source | None, *, matching: bool, weights: bool
+) -> tuple[Decoder, Values | None]:
+    """The model in shapes, and its values from the seed (weights or not); or whole, with those of a trained run."""
     layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
-    sizes = {"vocabulary": vocabulary, "memory": recipe.memory}
-    with torch.device("meta"):
-        model = Decoder(recipe.model, layers, **sizes)
-    values = initial_values(model, recipe.model, layers, **sizes, seed=recipe.seed, device=device, weights=weights)
-    return model, values
-
-
-def _model(recipe: Recipe, device: torch.device, vocabulary: int, source: Source, *, matching: bool) -> Decoder:
-    """The recipe's model with the weights of a trained run; matching: with that run's mixers beside its own."""
-    torch.manual_seed(recipe.seed)
-    layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
+    sizes = {"vocabulary": recipe.model.vocabulary or training.vocabulary, "memory": recipe.memory}
+    if source is None:
+        return shapes_and_values(recipe.model, layers, **sizes, seed=recipe.seed, device=device, weights=weights)
     with device:
-        if matching:
-            old = teachers(source, recipe_layers(recipe))
-            torch.manual_seed(recipe.seed)  # making these has drawn numbers
-            model = MatchingDecoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory, teachers=old)
-        else:
-            model = Decoder(recipe.model, layers, vocabulary=vocabulary, memory=recipe.memory)
+        old = teachers(source, recipe_layers(recipe)) if matching else {}
+        torch.manual_seed(recipe.seed)  # making these has drawn numbers
+        model = (partial(MatchingDecoder, teachers=old) if matching else Decoder)(recipe.model, layers, **sizes)
         load_weights(model, source, recipe_layers(recipe))
-    return model
+    return model, None
 
 
 def first_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> Trainer:
@@ -209,8 +196,7 @@ def first_trainer(recipe: Recipe, processes: Processes, training: Sequences) -> 
         step = on_first_rank(lambda: _step_of(Path(cast(str, recipe.resume))))
     matching = step < recipe.linearise.match_steps
     source = everywhere(lambda: source_of(recipe)) if matching or step == 0 else None
-    restored = recipe.resume is not None
-    return build_trainer(recipe, processes, training, source=source, matching=matching, restored=restored)
+    return build_trainer(recipe, processes, training, source=source, matching=matching, restored=bool(recipe.resume))
 
 
 def next_trainer(recipe: Recipe, processes: Processes, training: Sequences, trainer: Trainer) -> Trainer:
