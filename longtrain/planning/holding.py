@@ -123,7 +123,8 @@ class FSDPHolding(Holding):
     def building(self) -> float:
         shape = self.shape
         whole = max(*shape.block_weights, shape.outer_weights) if shape.recipe.memory.shard_blocks else shape.weights
-        return 4.0 * (shape.weights * self.share * self._here + whole)
+        largest = shape.vocabulary * shape.recipe.model.width  # a share on its way to the host
+        return 4.0 * (whole + self.share * (shape.weights if self._here else largest))
 
 
 _BUCKET = 5e8  # numbers that DeepSpeed reduces at once, at most

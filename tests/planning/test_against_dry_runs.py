@@ -12,7 +12,7 @@ CASES = [
     ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=none"]),
     ("llama_8b_1m", "8xh200", []),
     ("llama_8b_1m", "8xh200", ["model.depth=2", "memory.recompute=full", "memory.attention_heads=2"]),
-    ("llama_8b_3700k", "8xh100", ["model.depth=4"]),
+    ("llama_8b_3700k", "8xh100", ["model.depth=2"]),
     ("llama_8b_15m", "32xh100", ["model.depth=4"]),
     ("llama_8b_128k", "1xh200", ["memory.recompute=full"]),
     ("llama_8b_1m", "8xh200", ["model.depth=8", "model.vocabulary=4096", "memory.offload=attention"]),
