@@ -32,7 +32,7 @@ NEW = {
 
 def overrides(name: str, run: Path, *more: str) -> list[str]:
     """What makes `linearise_<name>` a small recipe of three steps of each stage, from a run."""
-    return [*SMALL, *NEW[name], f"linearise.from={run}", "linearise.match_steps=3", *more]
+    return [*SMALL, *NEW[name], f"layers.pattern={name}", f"linearise.from={run}", "linearise.match_steps=3", *more]
 
 
 def processes_of(recipe: Recipe, rank: int, world: int) -> Processes:
