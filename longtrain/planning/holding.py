@@ -1,8 +1,8 @@
 """What each engine holds of weights, gradients and optimizer state: resident, gathered for what runs, and on the host.
 
-fsdp's is exact, by the dry run. ZeRO's is worked out from what DeepSpeed allocates and was measured on small models on
-CPUs; its buffers have the sizes of DeepSpeed's defaults, whatever a user's file says of them. Letters: N weights, R
-ranks, s bytes of a number that is computed with.
+fsdp's is exact, by the dry run. ZeRO's is worked out from reading what DeepSpeed allocates, and no measurement has
+checked it; its buffers have the sizes of DeepSpeed's defaults, whatever a user's file says of them. Letters: N weights,
+R ranks, s bytes of a number that is computed with.
 """
 
 from abc import ABC, abstractmethod
