@@ -38,7 +38,10 @@ def test_longest_and_search(capsys: pytest.CaptureFixture[str]):
     [
         (["--devices", "8xh20"], "longtrain: --devices: no 'h20' (nearest: 'h200')"),
         (["--devices", "h200", "--longest", "--search"], "longtrain: --longest: got it with --search"),
-        (["--devices", "h200", "engine=deepspeed"], "longtrain: engine: got 'deepspeed', plans know 'fsdp'"),
+        (
+            ["--devices", "h200", "--dry-run", "engine=deepspeed"],
+            "longtrain: engine: got 'deepspeed', dry runs know 'fsdp'",
+        ),
         (["--devices", "h200", "model.vocabulary=100"], "longtrain: model.vocabulary: got 100, the data has 257"),
     ],
 )
