@@ -31,33 +31,17 @@ def shapes_and_values(
     device: torch.device,
     weights: bool = True,
 ) -> tuple[Decoder, Values]:
-    """A decoder on the meta device, and its `initial_values`."""
+    """A decoder on the meta device, and what gives, each time, all that it would hold had it been made after a seed.
+
+    That is the name and the value, on `device`, of every weight and buffer. A weight may come twice, and a tied one
+    under either name: the last counts. weights: false gives the buffers alone, for weights that a checkpoint will
+    bring, and draws no numbers.
+    """
     with torch.device("meta"):
         model = Decoder(config, layers, vocabulary=vocabulary, memory=memory)
-    sizes = {"vocabulary": vocabulary, "memory": memory}
-    return model, initial_values(model, config, layers, **sizes, seed=seed, device=device, weights=weights)
-
-
-def initial_values(
-    model: Decoder,
-    config: ModelConfig,
-    layers: LayersConfig,
-    *,
-    vocabulary: int,
-    memory: MemoryConfig,
-    seed: int,
-    device: torch.device,
-    weights: bool = True,
-) -> Values:
-    """What gives, each time, the name and the value of every weight and buffer of such a decoder after a seed.
-
-    model: the same decoder, on any device, as it is now. The values are on `device`. A weight may come twice, and a
-    tied one under either name: the last counts. weights: false gives the buffers alone, for weights that a checkpoint
-    will bring, and draws no numbers.
-    """
     order = [(name, parameter.shape, std) for name, parameter, std in draws(model, config)]
     made = partial(Decoder.parts, config, layers, vocabulary=vocabulary, memory=memory)
-    return lambda: _values(made, order, seed=seed, device=device, weights=weights)
+    return model, lambda: _values(made, order, seed=seed, device=device, weights=weights)
 
 
 def _values(

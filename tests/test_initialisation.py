@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from longtrain.config import compose
 from longtrain.data import Sequences, build_data
 from longtrain.engines.base import give_memory, named_tensors
-from longtrain.initialisation import initial_values
+from longtrain.initialisation import shapes_and_values
 from longtrain.layers.mixers import MIXERS
 from longtrain.layers.pattern import LayersConfig, with_strategy
 from longtrain.model import KEEP_EVERYTHING, Decoder, ModelConfig
@@ -27,14 +27,13 @@ CPU = torch.device("cpu")
 
 def _made_by_parts(config: ModelConfig, layers: LayersConfig, *, weights: bool = True) -> Decoder:
     sizes: dict[str, Any] = {"vocabulary": 61, "memory": KEEP_EVERYTHING}
-    with torch.device("meta"):
-        model = Decoder(config, layers, **sizes)
+    model, values = shapes_and_values(config, layers, **sizes, seed=5, device=CPU, weights=weights)
     give_memory(model, build_mesh("cpu", data=1, sequence=1))
     tensors = named_tensors(model)
     with torch.no_grad():
         for tensor in tensors.values():
             tensor.fill_(torch.nan)
-        for name, value in initial_values(model, config, layers, **sizes, seed=5, device=CPU, weights=weights)():
+        for name, value in values():
             tensors[name].copy_(value)
     return model
 

@@ -62,8 +62,8 @@ class Engine(ABC):
         """Weights (``model.<name>``) and optimizer state (``optimizer.<kind>.<name>``) for a checkpoint, by name.
 
         Each is whole on every rank or a `DTensor` sharded by rows; the names do not depend on the engine. After writing
-        into them, `loaded` makes them the engine's. Weights that need no gradient are not
-        among them: they are another model's.
+        into them, `loaded` makes them the engine's. Weights that need no gradient are not among them: they are another
+        model's.
         """
 
     @abstractmethod
