@@ -53,9 +53,20 @@ class Holding(ABC):
         """The moments at the end of backward by name, each with what it holds beside what is resident."""
 
     @property
-    @abstractmethod
     def host(self) -> float:
-        """Bytes in host memory."""
+        """Bytes in host memory: weights, gradients and state, or none."""
+        return 0.0 if self._here else self.shape.weights * self.share * (4 + 4 + states(self.shape))
+
+    @property
+    @abstractmethod
+    def _here(self) -> bool:
+        """Whether the shares lie on the device."""
+
+    @property
+    def _whole(self) -> int:
+        """Most weights that are whole at once while the model is made."""
+        shape = self.shape
+        return max(*shape.block_weights, shape.outer_weights) if shape.recipe.memory.shard_blocks else shape.weights
 
     @property
     @abstractmethod
@@ -72,7 +83,6 @@ class FSDPHolding(Holding):
 
     @property
     def _here(self) -> bool:
-        """Whether the shares lie on the device."""
         return not (self.shape.recipe.fsdp.cpu_offload and self.shape.devices.device.architecture is not None)
 
     @property
@@ -116,15 +126,10 @@ class FSDPHolding(Holding):
             yield name, [*terms, ("working set", shape.size * outside) if name == "copied" else last]
 
     @property
-    def host(self) -> float:
-        return 0.0 if self._here else self.shape.weights * self.share * (4 + 4 + states(self.shape))
-
-    @property
     def building(self) -> float:
         shape = self.shape
-        whole = max(*shape.block_weights, shape.outer_weights) if shape.recipe.memory.shard_blocks else shape.weights
         largest = shape.vocabulary * shape.recipe.model.width  # a share on its way to the host
-        return 4.0 * (whole + self.share * (shape.weights if self._here else largest))
+        return 4.0 * (self._whole + self.share * (shape.weights if self._here else largest))
 
 
 _BUCKET = 5e8  # numbers that DeepSpeed reduces at once, at most
@@ -198,16 +203,11 @@ class ZeroHolding(Holding):
         yield "reduced", terms
 
     @property
-    def host(self) -> float:
-        return 0.0 if self._here else self.shape.weights * self.share * (4 + 4 + states(self.shape))
-
-    @property
     def building(self) -> float:
         shape = self.shape
         if self.stage < 3:
             return 4.0 * shape.weights * (1 + self.share * self._here)
-        whole = max(*shape.block_weights, shape.outer_weights) if shape.recipe.memory.shard_blocks else shape.weights
-        return shape.weights * self.share * (shape.size + 4.0 * self._here) + 4.0 * whole
+        return shape.weights * self.share * (shape.size + 4.0 * self._here) + 4.0 * self._whole
 
 
 def holding(shape: Shape) -> Holding:
