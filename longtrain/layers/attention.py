@@ -146,3 +146,12 @@ class SequenceParallelAttention(nn.Module):
         names = ("causal", "window", "scale", "softcap", "strategy", "ulysses_degree")
         names += ("heads_at_once", "backend", "layout")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def with_keys(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """One softmax over two key sets, of which the queries have seen one after the other.
+
+    out, other ``[B, T, H, V]`` with their lse ``[B, T, H]`` -> ``[B, T, H, V]`` in out's dtype. The first set shows
+    every query a key; of the other it may see none. Differentiable in all four.
+    """
+    return out + torch.sigmoid(other_lse - lse).to(out.dtype)[..., None] * (other - out)

@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "lizard-memory-tokens-left-out",
         LIZARD,
-        "torch.sigmoid(weight - lse)",
-        "torch.sigmoid(weight - lse - 9)",
+        "with_keys(near, lse, kept, weight)",
+        "with_keys(near, lse, kept, weight - 9)",
         (loop(1, "lizard"),),
     ),
     Mutation("lizard-far-past-not-normalised", LIZARD, " / o[..., -1:]", "", (loop(1, "lizard"),)),
@@ -100,7 +100,11 @@ MUTATIONS = (
         (loop(2, "moba"), loop(3, "moba")),
     ),
     Mutation(
-        "hymba-meta-keys-hardly-seen", HYMBA, "torch.sigmoid(weight - lse)", "torch.sigmoid(weight - lse - 9)", META
+        "hymba-meta-keys-hardly-seen",
+        HYMBA,
+        "with_keys(near, lse, kept, weight)",
+        "with_keys(near, lse, kept, weight - 9)",
+        META,
     ),
     Mutation(
         "hymba-text-begins-where-meta-tokens-do",
@@ -156,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "natsl-own-chunk-left-out",
         NATSL,
-        "torch.sigmoid(lse - own_lse)",
-        "torch.sigmoid(lse - own_lse + 9)",
+        "with_keys(own, own_lse, far, lse)",
+        "with_keys(own, own_lse, far, lse + 9)",
         (loop(1, "natsl"),),
     ),
     Mutation(

@@ -194,9 +194,9 @@ class RecurrentMixer(Mixer):
     """
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
-        if shard.layout.long_segments:
+        home = long_home(shard)
+        if home is shard:
             return self.mix(x, shard)
-        home = shard.with_layout("contiguous")
         return home.relayout(self.mix(shard.relayout(x, home, dim=1), home), shard, dim=1)
 
     @abstractmethod
@@ -290,6 +290,11 @@ class StatefulMixer(RecurrentMixer):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = self.scan(x[:, None], ONE_TOKEN, state)
         return y[:, 0], state
+
+
+def long_home(shard: SequenceShard) -> SequenceShard:
+    """Where a recurrence runs: the shard itself, or a contiguous one if its layout has no long segments."""
+    return shard if shard.layout.long_segments else shard.with_layout("contiguous")
 
 
 ONE_TOKEN = SequenceShard(length=1)

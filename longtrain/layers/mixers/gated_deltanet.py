@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_heads, check_scan_strategy
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
+from longtrain.layers.mixers.heads import DeltaHeads, check_delta_heads
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule
 from longtrain.layers.selective import SelectiveDecay, strength, unit
@@ -16,24 +17,16 @@ from longtrain.parallel import SequenceShard
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(DeltaHeads):
     """Options of the gated_deltanet mixer."""
 
-    heads: int = 8  # H, heads of values
     key_heads: int | None = None  # G, heads of queries and keys, which value heads share; None: as many as heads
-    key_width: int | None = None  # K of a head; None: width / heads
-    value_width: int | None = None  # V of a head; None: as key_width (the paper takes twice that)
     conv_width: int = 4  # tokens that the short convolutions of q, k and v see
     strategy: str = "auto"  # how states cross ranks: auto, allgather, alltoall, chain, ulysses
 
     @property
     def groups(self) -> int:
         return self.heads if self.key_heads is None else self.key_heads
-
-    def widths(self, width: int) -> tuple[int, int]:
-        """K and V."""
-        key = width // self.heads if self.key_width is None else self.key_width
-        return key, key if self.value_width is None else self.value_width
 
 
 class GatedDeltaNetMixer(StatefulMixer):
@@ -53,11 +46,7 @@ class GatedDeltaNetMixer(StatefulMixer):
     @classmethod
     def check(cls, config: GatedDeltaNetConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
-        for option in ("key_width", "value_width"):
-            given = getattr(config, option)
-            if given is not None and given < 1:
-                raise ValueError(f"{option}: got {given}, it must be at least 1")
-        check_heads(config.heads, config.key_width, place)
+        check_delta_heads(config, place)
         if config.groups < 1 or config.heads % config.groups:
             raise ValueError(f"key_heads: got {config.groups}, it must divide heads = {config.heads}")
         check_conv_width(config.conv_width)

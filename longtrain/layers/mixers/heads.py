@@ -1,4 +1,4 @@
-"""Options that mixers with grouped and rotated heads share, and what is refused of them."""
+"""Options of heads that several mixers share, and what is refused of them."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,29 @@ class RotaryHeads(GroupedHeads):
     """The same, queries and keys rotated by their positions."""
 
     rope_base: float = 10_000.0  # rotary wavelengths reach 2 pi times this many tokens
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """Heads of a gated delta rule, whose keys and values have widths of their own."""
+
+    heads: int = 8  # H, heads of values
+    key_width: int | None = None  # K of a head; None: width / heads
+    value_width: int | None = None  # V of a head; None: as key_width (the papers take twice that)
+
+    def widths(self, width: int) -> tuple[int, int]:
+        """K and V."""
+        key = width // self.heads if self.key_width is None else self.key_width
+        return key, key if self.value_width is None else self.value_width
+
+
+def check_delta_heads(config: DeltaHeads, place: LayerPlace) -> None:
+    """Refuse, with a ValueError, numbers and widths of heads that cannot work."""
+    for option in ("key_width", "value_width"):
+        given = getattr(config, option)
+        if given is not None and given < 1:
+            raise ValueError(f"{option}: got {given}, it must be at least 1")
+    check_heads(config.heads, config.key_width, place)
 
 
 def check_grouped_heads(config: GroupedHeads, place: LayerPlace) -> None:

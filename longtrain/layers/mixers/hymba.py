@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels import causal_conv1d, linear_attention, softmax_attention
+from longtrain.layers.attention import with_keys
 from longtrain.layers.cache import KeyValueCache
 from longtrain.layers.mixers.base import (
     ONE_TOKEN,
@@ -20,6 +21,7 @@ from longtrain.layers.mixers.base import (
     check_choice,
     check_prompt,
     check_scan_ranks,
+    long_home,
 )
 from longtrain.layers.mixers.heads import RotaryHeads, check_rotary_heads
 from longtrain.layers.norm import RMSNorm
@@ -188,10 +190,10 @@ class HymbaMixer(SharingMixer):
 
     def prepare(self, shard: SequenceShard, *, device: torch.device, dtype: torch.dtype) -> None:
         if self.meta and self.convolution.width is not None:
-            first_tokens(_home(shard), self.convolution.width - 1)
+            first_tokens(long_home(shard), self.convolution.width - 1)
 
     def mix_shared(self, x: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
-        home = _home(shard)
+        home = long_home(shard)
         if home is not shard:
             x = self._behind_meta(x, shard.relayout(x[:, self.meta :], home, dim=1))
         parts = self._project(x, home.document_positions_on(x.device), 0, shared)
@@ -235,7 +237,7 @@ class HymbaMixer(SharingMixer):
         first = q.shape[1] - near.shape[1]
         kept, weight = softmax_attention(q[:, first:], k, v, causal=False)
         assert weight is not None
-        near = near + torch.sigmoid(weight - lse).to(near.dtype)[..., None] * (kept - near)
+        near = with_keys(near, lse, kept, weight)
         return torch.cat((softmax_attention(q[:, :first], k, v)[0], near), 1) if first else near
 
     def _recur(self, parts: _Parts, shard: SequenceShard) -> Tensor:
@@ -352,8 +354,3 @@ class HymbaMixer(SharingMixer):
     def step_shared(self, x: Tensor, state: HymbaState, shared: Shared) -> tuple[Tensor, HymbaState, Shared]:
         y, state, shared = self.prefill_shared(x[:, None], ONE_TOKEN, state, shared)
         return y[:, 0], state, shared
-
-
-def _home(shard: SequenceShard) -> SequenceShard:
-    """Where the recurrence runs: the shard itself, or a layout with long segments."""
-    return shard if shard.layout.long_segments else shard.with_layout("contiguous")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels import softmax_attention
+from longtrain.layers.attention import with_keys
 from longtrain.layers.cache import KeyValueCache
 from longtrain.layers.mixers.base import (
     ONE_TOKEN,
@@ -159,7 +160,7 @@ class LizardMixer(RecurrentMixer):
         keys, values = learned.expand(-1, q.shape[0], -1, -1, -1)
         kept, weight = softmax_attention(q, keys, values, causal=False)
         assert weight is not None
-        return near + torch.sigmoid(weight - lse).to(near.dtype)[..., None] * (kept - near)
+        return with_keys(near, lse, kept, weight)
 
     def _close(self, near: Tensor, far: Tensor) -> Tensor:
         return self.out((near + far).flatten(2))

@@ -10,16 +10,17 @@ from torch.nn import functional as F
 
 from longtrain.kernels import gated_delta_rule, softmax_attention
 from longtrain.kernels.precision import without_autocast
+from longtrain.layers.attention import with_keys
 from longtrain.layers.mixers.base import (
     ONE_TOKEN,
     Boundaries,
     LayerPlace,
     RecurrentMixer,
-    check_heads,
     check_prompt,
     check_scan_ranks,
     check_scan_strategy,
 )
+from longtrain.layers.mixers.heads import DeltaHeads, check_delta_heads
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule, state_dtype
 from longtrain.layers.rotary import rotate
@@ -32,13 +33,10 @@ SHARE = "softmax_share"
 
 
 @dataclass(frozen=True)
-class NATSLConfig:
-    """Options of the natsl mixer."""
+class NATSLConfig(DeltaHeads):
+    """Options of the natsl mixer: heads of the delta rule, each of which chooses for itself, and others."""
 
-    heads: int = 8  # H, heads of the delta rule, each of which chooses for itself
     attention_heads: int | None = None  # A, softmax heads, a multiple of H that cuts its heads; None: as many as heads
-    key_width: int | None = None  # K of a delta rule's head; None: width / heads
-    value_width: int | None = None  # V of a delta rule's head; None: as key_width (the paper takes twice that)
     chunk: int = 64  # L, tokens that are sent one way together, as the paper has it
     conv_width: int = 4  # tokens that the short convolutions of q, k and v see
     rope_base: float | None = 10_000.0  # of the softmax heads; null: no positions, as in the paper's hybrid models
@@ -47,11 +45,6 @@ class NATSLConfig:
     @property
     def softmax_heads(self) -> int:
         return self.heads if self.attention_heads is None else self.attention_heads
-
-    def widths(self, width: int) -> tuple[int, int]:
-        """K and V."""
-        key = width // self.heads if self.key_width is None else self.key_width
-        return key, key if self.value_width is None else self.value_width
 
 
 class NATSLState(NamedTuple):
@@ -103,11 +96,7 @@ class NATSLMixer(RecurrentMixer):
     @classmethod
     def check(cls, config: NATSLConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
-        for option in ("key_width", "value_width"):
-            given = getattr(config, option)
-            if given is not None and given < 1:
-                raise ValueError(f"{option}: got {given}, it must be at least 1")
-        check_heads(config.heads, config.key_width, place)
+        check_delta_heads(config, place)
         heads = config.softmax_heads
         if heads < 1 or heads % config.heads:
             raise ValueError(f"attention_heads: got {heads}, it must be a multiple of heads = {config.heads}")
@@ -218,7 +207,7 @@ class NATSLMixer(RecurrentMixer):
         assert own_lse is not None
         own, own_lse = (chunks.tokens(z.unflatten(0, (batch, -1))) for z in (own, own_lse))
         far, lse = self._far(q, k, v, lift, routed, picked)
-        return own + torch.sigmoid(lse - own_lse).to(own.dtype)[..., None] * (far - own)
+        return with_keys(own, own_lse, far, lse)
 
     def _far(
         self, q: Tensor, k: Tensor, v: Tensor, lift: Tensor, routed: RoutedChunks, picked: np.ndarray
