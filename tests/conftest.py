@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         number, parts = part
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != number - 1])
         items[:] = items[number - 1 :: parts]
+    # What runs beside the other tests is asked for at the end, so that nobody waits for it. (The sort is stable.)
+    items.sort(key=lambda item: isinstance(item, pytest.Function) and hasattr(item.module, "begin"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +43,7 @@ def one_thread() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Let modules with a `begin` start what runs long in processes of its own, beside the tests before theirs."""
+    """Let modules with a `begin` start what runs long in processes of its own, beside all other tests."""
     if not session.config.option.collectonly:
         for module in _modules(session):
             if hasattr(module, "begin"):

@@ -9,10 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("longtrain", "kernels", "parallel", "launch")  # the package; the last three are linked into the first
-# The entry points, each a program of its own, may read the environment; whatever they call is told.
+# The entry points, each a program of its own, and what starts one may read the environment; whatever they call is told.
 ENTRY_POINTS = {
     f"longtrain/{name}.py"
-    for name in ("train", "evaluation", "generation", "bare_loop", "bench_training", "cli", "dry_run/__main__")
+    for name in (
+        *("train", "evaluation", "generation", "bare_loop", "bench_training", "cli"),
+        *("dry_run/__main__", "dry_run/mixers", "dry_run/process"),
+    )
 }
 
 Rule = Callable[[str, ast.Module], Iterator[str]]

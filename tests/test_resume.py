@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,30 +29,33 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
+ALONE = "launch.processes=1"  # where it makes no difference
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of an uninterrupted run of 9 steps."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 9 steps."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     train("trainer.steps=9", f"run_dir={run_dir}")
-    return losses(run_dir)
+    return run_dir
 
 
-def test_resumed_losses_are_bitwise_those_of_an_uninterrupted_run(tmp_path: Path, whole: dict[int, float]) -> None:
+def test_resumed_losses_are_bitwise_those_of_an_uninterrupted_run(tmp_path: Path, uninterrupted: Path) -> None:
     run_dir = tmp_path / "run"
-    # The first leg follows the same schedule and is cut by removing what came after its checkpoint at step 6.
-    train("trainer.steps=9", f"run_dir={run_dir}")
+    # The first leg is cut by removing what came after its checkpoint at step 6.
+    shutil.copytree(uninterrupted, run_dir)
     for path in sorted((run_dir / "checkpoints/step-00000009").iterdir()):
         path.unlink()
     (run_dir / "checkpoints/step-00000009").rmdir()
     train("trainer.steps=9", f"resume={run_dir}")
-    assert losses(run_dir) == whole
+    assert losses(run_dir) == losses(uninterrupted)
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 9
 
 
-def test_a_finished_run_can_be_extended(tmp_path: Path, whole: dict[int, float]) -> None:
+def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     constant = ["schedule.name=wsd", "schedule.decay=0", "schedule.warmup=0"]
-    train("trainer.steps=4", f"run_dir={run_dir}", *constant)
+    train("trainer.steps=4", f"run_dir={run_dir}", ALONE, *constant)
     # Nothing but the change is typed again: the run folder knows the rest.
     resume = [*LONGTRAIN, "train", "quickstart", f"resume={run_dir}"]
     ended = run_command([*resume, "trainer.steps=6"], timeout=120)
@@ -64,7 +68,7 @@ def test_a_finished_run_can_be_extended(tmp_path: Path, whole: dict[int, float])
 
 
 def test_killing_a_rank_ends_the_command_and_names_it_and_the_checkpoint_resumes(
-    tmp_path: Path, whole: dict[int, float]
+    tmp_path: Path, uninterrupted: Path
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
     command = [*LONGTRAIN, "train", "quickstart", *SMALL, *EVERY, "trainer.steps=100000", f"run_dir={run_dir}"]
@@ -83,22 +87,22 @@ def test_killing_a_rank_ends_the_command_and_names_it_and_the_checkpoint_resumes
     newest = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
     train(f"trainer.steps={newest + 2}", f"resume={run_dir}")
     assert sorted(losses(run_dir)) == list(range(1, newest + 3))
-    assert losses(run_dir)[3] == whole[3]
+    assert losses(run_dir)[3] == losses(uninterrupted)[3]
 
 
 def test_resume_refuses_other_data_and_other_models(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    train("trainer.steps=1", f"run_dir={run_dir}")
+    train("trainer.steps=1", f"run_dir={run_dir}", ALONE)
     before, settings = contents(run_dir), (run_dir / "config.yaml").read_text()
-    said = train("trainer.steps=2", f"resume={run_dir}", "seed=1", code=2)
+    said = train("trainer.steps=2", f"resume={run_dir}", ALONE, "seed=1", code=2)
     assert said.startswith("longtrain: resume: ") and "seed" in said and said.count("\n") == 1
-    said = train("trainer.steps=2", f"resume={run_dir}", "model.width=64", code=2)
+    said = train("trainer.steps=2", f"resume={run_dir}", ALONE, "model.width=64", code=2)
     assert "embedding" in said and said.count("\n") == 1
-    said = train("trainer.steps=2", f"resume={tmp_path / 'nowhere'}", code=2)
+    said = train("trainer.steps=2", f"resume={tmp_path / 'nowhere'}", ALONE, code=2)
     assert "nowhere" in said and said.count("\n") == 1
     shard = next((run_dir / "checkpoints/step-00000001").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-7])
-    said = train("trainer.steps=2", f"resume={run_dir}", code=2)
+    said = train("trainer.steps=2", f"resume={run_dir}", ALONE, code=2)
     assert shard.name in said and said.count("\n") == 1
     assert contents(run_dir) == before
     assert (run_dir / "config.yaml").read_text() == settings  # or the next resume would be refused too

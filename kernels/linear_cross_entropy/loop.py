@@ -85,7 +85,7 @@ def forward(
     operand, dtype = dtypes(hidden, weight)
     counts = targets != options.ignore_index
     targets = torch.where(counts, targets, -1)
-    token_blocks, vocabulary_blocks = blocks(hidden.shape[0], sizes[0]), blocks(weight.shape[0], sizes[1])
+    token_blocks, vocabulary_blocks = _blocks(hidden, sizes[0]), _blocks(weight, sizes[1])
     tile = _buffer(hidden, token_blocks, vocabulary_blocks, dtype)
     maximum = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=dtype)
     total = torch.zeros_like(maximum)
@@ -134,7 +134,7 @@ def backward(
     scale = torch.where(counts, dlosses * (1 + 2 * options.z_loss * lse) if options.z_loss else dlosses, 0)
     lse = torch.where(counts, lse, torch.inf)  # exp(0 - inf) = 0
     targets = torch.where(counts, targets, -1)
-    token_blocks, vocabulary_blocks = blocks(hidden.shape[0], sizes[0]), blocks(weight.shape[0], sizes[1])
+    token_blocks, vocabulary_blocks = _blocks(hidden, sizes[0]), _blocks(weight, sizes[1])
     by_vocabulary = need_weight and (hidden.shape[0] <= weight.shape[0] or not need_hidden)
     dhidden = _Sum(hidden, token_blocks, dtype, whole=by_vocabulary) if need_hidden else None
     dweight = _Sum(weight, vocabulary_blocks, dtype, whole=not by_vocabulary) if need_weight else None
@@ -186,6 +186,10 @@ def blocks(count: int, largest: int) -> list[Block]:
     size = -(-count // max(1, -(-count // largest)))
     size = min(largest, -(-size // 128) * 128)
     return [(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+
+
+def _blocks(x: Tensor, largest: int) -> Sequence[Block]:
+    return launching.visited(blocks(x.shape[0], largest), x.device)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:

@@ -1,9 +1,12 @@
 """The registered operators `longtrain::pamm_linear` and `..._backward`: forward returns what backward needs, too."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longtrain.kernels import launching
 
 NAME = "longtrain::pamm_linear"
 CHUNK = 4096  # tokens that are compared with the kept rows at a time: the likenesses of all would be N k numbers
@@ -25,11 +28,11 @@ def _forward(x: Tensor, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, T
     inverse = torch.where(square > 0, square.rsqrt(), 0)  # a row of zeros is like nothing
     index = torch.empty(tokens.shape[0], dtype=torch.int32, device=x.device)
     scale = torch.empty(tokens.shape[0], dtype=wide.dtype, device=x.device)
-    for start in range(0, tokens.shape[0], CHUNK):
-        likeness = (tokens[start : start + CHUNK].to(wide.dtype) @ wide.t()) * inverse
+    for part in _parts(tokens):
+        likeness = (tokens[part].to(wide.dtype) @ wide.t()) * inverse
         chosen = likeness.abs().argmax(1)
-        index[start : start + CHUNK] = chosen.to(torch.int32)
-        scale[start : start + CHUNK] = likeness.gather(1, chosen[:, None]).squeeze(1) * inverse[chosen]
+        index[part] = chosen.to(torch.int32)
+        scale[part] = likeness.gather(1, chosen[:, None]).squeeze(1) * inverse[chosen]
     return torch.nn.functional.linear(x, weight), kept, index, scale
 
 
@@ -42,10 +45,14 @@ def _backward(dy: Tensor, weight: Tensor, kept: Tensor, index: Tensor, scale: Te
     """dx [..., D] and dweight [O, D]."""
     flat = dy.reshape(-1, dy.shape[-1])
     by_row = torch.zeros(kept.shape[0], flat.shape[1], dtype=scale.dtype, device=dy.device)
-    for start in range(0, flat.shape[0], CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in _parts(flat):
         by_row.index_add_(0, index[part].long(), flat[part].to(scale.dtype) * scale[part, None])
     return dy @ weight, (by_row.t() @ kept.to(scale.dtype)).to(weight.dtype)
+
+
+def _parts(tokens: Tensor) -> Sequence[slice]:
+    parts = [slice(start, start + CHUNK) for start in range(0, tokens.shape[0], CHUNK)]
+    return launching.visited(parts, tokens.device)
 
 
 @_forward.register_fake

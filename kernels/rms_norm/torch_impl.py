@@ -7,10 +7,12 @@ With r = (mean(x^2) + eps)^(-1/2), n = r x and g = dy weight:
 On a GPU, where x and weight have one dtype, torch's fused kernels compute the same in one pass each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from longtrain.kernels import launching
 
 # Numbers of a tile: on a CPU half a megabyte in float32; an accelerator wants few large calls instead.
 _CPU_TILE, _DEVICE_TILE = 2**17, 2**26
@@ -62,8 +64,7 @@ def _fused(x: Tensor, weight: Tensor | None) -> bool:
     return x.device.type == "cuda" and same and x.dtype != torch.float64 and x.shape[0] > 0
 
 
-def _tiles(x: Tensor) -> Iterator[slice]:
+def _tiles(x: Tensor) -> Sequence[slice]:
     tokens, width = x.shape
     size = max(1, (_CPU_TILE if x.device.type == "cpu" else _DEVICE_TILE) // width)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
+    return launching.visited([slice(start, min(start + size, tokens)) for start in range(0, tokens, size)], x.device)

@@ -7,11 +7,12 @@ With n = rms_norm(x), h = n gate_up^T, a = silu(h_gate) h_up, y = x + a down^T, 
 Five products are left to backward beside the one that computes h again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from longtrain.kernels import launching
 from longtrain.kernels.linear_cross_entropy.loop import HALVES, multiply
 from longtrain.kernels.rms_norm import torch_impl as norms
 from longtrain.kernels.swiglu import torch_impl as gates
@@ -54,6 +55,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     multiply(a, b, total, add=True)
 
 
-def _tiles(x: Tensor, tile: int) -> Iterator[slice]:
-    for start in range(0, x.shape[0], tile):
-        yield slice(start, min(start + tile, x.shape[0]))
+def _tiles(x: Tensor, tile: int) -> Sequence[slice]:
+    tiles = [slice(start, min(start + tile, x.shape[0])) for start in range(0, x.shape[0], tile)]
+    return launching.visited(tiles, x.device)

@@ -34,3 +34,18 @@ class Held:
     host_peak: int  # bytes on the host that tensors were offloaded to, at most
     tokens: int  # of the rank, in a micro-batch
     seconds: float  # that the dry run took
+
+
+@dataclass(frozen=True)
+class MixerHeld:
+    """Bytes for each token of a rank that a mixer's forward and backward pass hold, beside weights, y and dy."""
+
+    results: float  # results of operators over ranks, which recompute may keep
+    kept: float  # what else it keeps for backward, beside
+    input: float  # x, which it may keep or not
+    working: float  # at the fullest moment of backward: what is neither of the others,
+    ring: float  # what operators over ranks hold inside,
+    kept_results: float  # and their results
+
+    def __post_init__(self) -> None:
+        assert min(self.results, self.kept, self.input, self.working, self.ring, self.kept_results) >= 0

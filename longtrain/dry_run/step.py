@@ -38,16 +38,10 @@ def run(recipe: Recipe, *, world: int, rank: int = 0, architecture: str | None =
     _check(recipe, world=world, rank=rank, architecture=architecture, real=real)
     start = time.perf_counter()
     data, sequence = degrees(recipe, world)
-    device = _join(world=world, rank=rank, architecture=architecture, real=real)
+    device = join(world=world, rank=rank, architecture=architecture, real=real)
     training, _ = build_data(recipe.data, seed=recipe.seed)
     mesh = build_mesh(device.type, data=data, sequence=sequence, rows=recipe.parallel.rows)
-    fakes, tracker = None if real else Fakes(), Tracker(device)
-    program = Program(device, fakes, tracker)
-    with ExitStack() as modes:
-        for mode in (fakes, tracker, program):
-            if mode is not None:
-                modes.enter_context(mode)
-        modes.enter_context(_engine_watched(tracker))
+    with watched(device, real=real) as (tracker, program), _engine_watched(tracker):
         trainer = build_trainer(recipe, Processes(rank, world, mesh, device), training)
         building = tracker.peak()
         tracker.mark(_local(trainer.model.parameters()), Term.WEIGHTS)
@@ -76,8 +70,20 @@ def _check(recipe: Recipe, *, world: int, rank: int, architecture: str | None, r
         raise UsageError(f"--real: got a world of {world} of {architecture or 'CPUs'}, expected one CPU")
 
 
-def _join(*, world: int, rank: int, architecture: str | None, real: bool) -> torch.device:
-    """Make the process group, and the device where tensors live."""
+@contextmanager
+def watched(device: torch.device, *, real: bool = False) -> Iterator[tuple[Tracker, Program]]:
+    """What runs inside the block has no memory, unless `real`, and is followed."""
+    fakes, tracker = None if real else Fakes(), Tracker(device)
+    program = Program(device, fakes, tracker)
+    with ExitStack() as modes:
+        for mode in (fakes, tracker, program):
+            if mode is not None:
+                modes.enter_context(mode)
+        yield tracker, program
+
+
+def join(*, world: int, rank: int, architecture: str | None, real: bool = False) -> torch.device:
+    """Make the process group, and the device where tensors live; once per process."""
     if real:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (public, in torch's documentation)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longtrain.kernels import rms_norm
 from longtrain.layers.recurrence import state_dtype
 
 STEPS = (0.001, 0.1)  # first step sizes lie between these
@@ -46,9 +47,11 @@ class SelectiveDecay(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x ``[..., K]`` divided by its length over K, ``x / sqrt(|x|^2 + 1e-6)``, in x's dtype."""
-    wide = x.to(state_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """x ``[..., K]`` divided by its length over K, ``x / sqrt(|x|^2 + 1e-6)``, in x's dtype.
+
+    By the norm's operator, whose backward keeps x and a number for each length, no float32 copies of q and k.
+    """
+    return rms_norm(x, eps=1e-6 / x.shape[-1]) * x.shape[-1] ** -0.5
 
 
 def strength(x: Tensor) -> Tensor:

@@ -11,10 +11,8 @@ that of the largest. With s bytes a number, T tokens of the rank, width D, SwiGL
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from longtrain.dry_run import TERMS
-from longtrain.layers.pattern import Layer
 from longtrain.planning.holding import holding
 from longtrain.planning.policy import policies
 from longtrain.planning.work import Shape
@@ -73,7 +71,7 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
     moment = _Moment(name)
     holding(shape).resident(moment.add)
     tokens, size, width = shape.tokens, shape.size, shape.recipe.model.width
-    for index, (layer, policy) in enumerate(zip(shape.layers[:layers], policies(shape)[:layers], strict=True)):
+    for index, (mixer, policy) in enumerate(zip(shape.mixers[:layers], policies(shape)[:layers], strict=True)):
         input_away, results_away = _away(shape, policy)
         near = index >= layers - _near(shape)
         # What has come back from the host ahead of its use is a tensor like those that a layer works with.
@@ -81,24 +79,24 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
             ahead = input_away and index < layers - 1
             moment.add("working set" if ahead else "layer inputs", tokens * size * width)
         if policy != "full" and (not results_away or near):
-            moment.add("working set" if results_away else "kept attention", tokens * _results(shape, layer))
+            moment.add("working set" if results_away else "kept attention", tokens * mixer.results)
         if policy == "none":
-            moment.add("working set", tokens * size * _kept(shape, layer))
-            moment.add("kept attention", tokens * _held(shape, layer))
+            moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
+            moment.add("kept attention", tokens * mixer.held)
     moment.add("working set", tokens * _LABELS)
     moment.add("ring buffers", tokens * _ENDS * (shape.degrees[1] - 1))
     return moment
 
 
 def _block_backward(shape: Shape, index: int, name: str) -> _Moment:
-    count, layer, policy = len(shape.layers), shape.layers[index], policies(shape)[index]
+    count, mixer, policy = len(shape.layers), shape.mixers[index], policies(shape)[index]
     moment = _start(shape, f"{name} of layer {index + 1} of {count}, backward", layers=index + 1)
     holding(shape).block(index, moment.add)
     tokens = shape.tokens
     if policy != "none":
-        moment.add("working set", tokens * shape.size * _kept(shape, layer))
+        moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
     if policy == "full":
-        moment.add("kept attention", tokens * _results(shape, layer))
+        moment.add("kept attention", tokens * mixer.results)
     return moment
 
 
@@ -112,12 +110,12 @@ def _mlp_backward(shape: Shape, index: int) -> _Moment:
 
 def _attention_backward(shape: Shape, index: int) -> _Moment:
     """The MLP is done, and its gradients wait to be summed; the mixer's own are made."""
-    moment, model, layer = _block_backward(shape, index, "mixer"), shape.recipe.model, shape.layers[index]
-    keys, values = _widths(layer)
+    moment, model, mixer = _block_backward(shape, index, "mixer"), shape.recipe.model, shape.mixers[index]
     moment.add("working set", -shape.tokens * shape.size * (3 * model.hidden + model.width))
-    moment.add("working set", holding(shape).waiting(3 * model.width * model.hidden + layer.place.width * values))
-    moment.add("working set", shape.tokens * shape.size * values)  # dout
-    moment.add("ring buffers", ring_bytes(shape, layer, keys=keys, values=values))
+    moment.add("working set", holding(shape).waiting(3 * model.width * model.hidden + shape.out_weights[index]))
+    moment.add("working set", shape.tokens * (mixer.working - mixer.kept))
+    moment.add("kept attention", shape.tokens * (mixer.kept_results - mixer.results))
+    moment.add("ring buffers", shape.tokens * mixer.ring)
     return moment
 
 
@@ -156,72 +154,13 @@ def _activations_away(shape: Shape) -> float:
     """Bytes on the host when forward has ended."""
     each = shape.tokens * shape.size * shape.recipe.model.width
     total = 0.0
-    for layer, policy in zip(shape.layers, policies(shape), strict=True):
+    for mixer, policy in zip(shape.mixers, policies(shape), strict=True):
         inputs, results = _away(shape, policy)
-        total += each * inputs + shape.tokens * _results(shape, layer) * results
+        total += each * inputs + shape.tokens * mixer.results * results
     return total
 
 
-def _widths(layer: Layer) -> tuple[int, int]:
-    """Numbers per token of queries, and of the mixer's results: H K and H V."""
-    options, width = layer.options, layer.place.width
-    heads = getattr(options, "heads", 1)
-    if layer.mixer.name in ("softmax", "sliding_window"):
-        keys = heads * options.key_width(width)
-        return keys, keys
-    head_width = getattr(options, "head_width", None) or width // heads
-    return heads * head_width, heads * (getattr(options, "value_width", None) or head_width)
-
-
-def _results(shape: Shape, layer: Layer) -> float:
-    """Bytes per token of what a mixer's operator returns: out and, of attention, lse."""
-    _, values = _widths(layer)
-    attends = layer.mixer.name in ("softmax", "sliding_window")
-    return shape.size * values + (4 * layer.options.heads if attends else 0)
-
-
-def _held(shape: Shape, layer: Layer) -> float:
-    """Bytes per token of keys and values that a ring held last, kept so that backward need not fetch them again."""
-    if shape.degrees[1] == 1 or layer.mixer.name not in ("softmax", "sliding_window"):
-        return 0.0
-    return 2.0 * shape.size * layer.options.groups * layer.options.key_width(layer.place.width)
-
-
-def _kept(shape: Shape, layer: Layer) -> float:
-    """Numbers per token that a block keeps for its backward, beside its input and its mixer's results."""
+def _kept(shape: Shape) -> float:
+    """Bytes per token that a block keeps for its backward, beside its input and what its mixer keeps."""
     model = shape.recipe.model
-    return 3 * model.width + 3 * model.hidden + mixer_kept(layer)
-
-
-def mixer_kept(layer: Layer) -> float:
-    """Numbers per token that a mixer keeps: its projections, and what is made of them before the operator.
-
-    Exact for softmax. Other mixers are taken to keep every projection's output twice, in and out of its activation.
-    """
-    options: Any = layer.options
-    if layer.mixer.name in ("softmax", "sliding_window"):
-        width = options.key_width(layer.place.width)
-        return width * (2 * options.heads + 3 * options.groups)
-    matrices = [p for name, p in layer.mixer._on_meta(options, layer.place).named_parameters() if p.ndim == 2]
-    return 2.0 * sum(p.shape[0] for p in matrices[:-1])
-
-
-def ring_bytes(shape: Shape, layer: Layer, *, keys: int, values: int) -> float:
-    """What the operator over ranks holds inside its backward: float32 running gradients, and what travels."""
-    tokens = shape.tokens
-    if layer.mixer.name not in ("softmax", "sliding_window"):
-        return 4.0 * tokens * (2 * keys + values) / 2
-    options = layer.options
-    at_once = min(options.heads_at_once or options.groups, options.groups)
-    share = at_once / options.groups
-    keys, values, grouped = keys * share, values * share, at_once * options.key_width(layer.place.width)
-    own = 4.0 * (2 * values + keys + 2 * grouped)  # out, dout, dq; dk, dv
-    narrow = 0 if shape.size == 4 else shape.size
-    results = narrow * (keys + 2 * grouped)
-    kernels = narrow * (values + grouped) + 8.0 * options.heads * share  # dout and v for them, delta and exponents
-    if shape.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
-        kernels += 2.0 * grouped * (2 * shape.size + 12)
-    if share == 1:
-        return tokens * (own + max(results, kernels))
-    # Copies of the group's keys and values; the results of all groups, whole from the start.
-    return tokens * (own + kernels + narrow * 2 * grouped + (shape.size * (keys + 2 * grouped)) / share)
+    return shape.size * (2.0 * model.width + 3.0 * model.hidden)

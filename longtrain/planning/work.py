@@ -10,6 +10,7 @@ from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
+from longtrain.planning.mixing import Mixing, mixing
 from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
 LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
@@ -84,6 +85,18 @@ class Shape:
     @property
     def weights(self) -> int:
         return sum(self.block_weights) + self.outer_weights
+
+    @cached_property
+    def out_weights(self) -> list[int]:
+        """Of each layer's projection to the residual stream."""
+        return [layer.mixer.count_out(layer.options, layer.place) for layer in self.layers]
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def mixers(self) -> list[Mixing]:
+        """What each layer's mixer holds for each token."""
+        return mixing(self)
 
     # ---- FLOPs, of forward, for one token on average -----------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from longtrain.dry_run import TERMS
 from longtrain.dry_run.modes import Fakes, Program
 from longtrain.dry_run.tracker import Term, Tracker
-from longtrain.kernels import causal_conv1d, linear_cross_entropy, softmax_attention
+from longtrain.kernels import causal_conv1d, launching, linear_cross_entropy, softmax_attention
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -91,3 +91,12 @@ def test_fake_is_as_real():
     # Masks are host data: real tensors, which a dry run does not count.
     assert fake["total"] == pytest.approx(real["total"], rel=0.02)
     assert fake["working set"] > 4 * 300 * 2 * 64 * 4
+
+
+def test_tiles_that_repeat_are_left_out_on_pretended_cards(monkeypatch: pytest.MonkeyPatch):
+    tiles, card = list(range(9)), torch.device("meta")
+    assert launching.visited(tiles, card) == launching.visited(tiles, CPU) == tiles
+    monkeypatch.setattr(launching, "_pretended", ["sm_90"])
+    assert launching.visited(tiles, card) == [0, 1, 8]
+    assert launching.visited(tiles[:3], card) == [0, 1, 2] and launching.visited([], card) == []
+    assert launching.visited(tiles, CPU) == tiles  # whose numbers may be real

@@ -1,6 +1,7 @@
 """Runs every file of `tests/kernels/interpreted`, each in a process of its own, where Triton interprets its kernels.
 
-That takes minutes of one core per file, so the runs begin with the test session, beside the tests that come before.
+That takes minutes of one core per file, so the runs begin with the test session, one after the other, beside all other
+tests; these here come last.
 """
 
 import importlib.util
@@ -19,18 +20,17 @@ from tests.distributed import TESTS, running_command
 FOLDER = TESTS / "kernels" / "interpreted"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-AT_ONCE = 2
 
 _runs: list["Runs"] = []  # of this session: none or one
 
 
 class Runs:
-    """The runs of some files, `AT_ONCE` at a time, each limited to `timeout` seconds; closing ends what still runs."""
+    """The runs of some files, one at a time, each limited to `timeout` seconds; closing ends what still runs."""
 
     def __init__(self, names: list[str], *, full: bool, timeout: float) -> None:
         self._command = [sys.executable, "-P", "-m", "pytest", "-q", *(["--full"] if full else [])]
         self._timeout, self._closed = timeout, threading.Event()
-        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._pool = ThreadPoolExecutor(1)
         self._results = {name: self._pool.submit(self._run, name) for name in names}
 
     def result(self, name: str) -> tuple[int | None, str]:

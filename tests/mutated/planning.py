@@ -4,6 +4,7 @@ from tests.mutated.mutation import Mutation
 
 MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
 HOLDING, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "work", "planner"))
+MIXERS, LAUNCHING = "longtrain/dry_run/mixers.py", "kernels/launching.py"
 DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
 
 MUTATIONS = (
@@ -40,6 +41,20 @@ MUTATIONS = (
             add("optimizer", states(shape) * shape.weights * self.share)
         add(""",
         (f"{PLANS}test_weights_and_work_are_counted",),
+    ),
+    Mutation(
+        "plan-takes-every-mixers-input-for-kept",
+        MIXERS,
+        "    del x  # if",
+        "    # if",
+        (f"{PLANS}test_attention_that_keeps_few_rows_keeps_no_input",),
+    ),
+    Mutation(
+        "dry-run-leaves-out-the-last-tile",
+        LAUNCHING,
+        "[*blocks[:2], blocks[-1]] if",
+        "blocks[:2] if",
+        (f"{DRY}test_tiles_that_repeat_are_left_out_on_pretended_cards",),
     ),
     Mutation(
         "plan-of-one-long-document",

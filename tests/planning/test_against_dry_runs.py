@@ -17,11 +17,22 @@ CASES = [
     ("llama_8b_128k", "1xh200", ["memory.recompute=full"]),
     ("llama_8b_1m", "8xh200", ["model.depth=8", "model.vocabulary=4096", "memory.offload=attention"]),
     ("llama_70b_512k", "64xh200", []),
+    ("hybrid_1b_1m", "1xh200", []),
+    ("hybrid_1b_4m", "8xh200", []),
+    ("hybrid_1b_4m", "8xh200", ["model.depth=4", "memory.recompute=attention", "memory.offload=none"]),
+    ("hybrid_1b_4m", "8xh200", ["model.depth=4", "layers.pattern=mamba2", "layers.mixers.mamba2.heads=32"]),
+    ("hybrid_1b_4m", "8xh200", ["model.depth=4", "layers.pattern=gsa", "layers.mixers.gsa.heads=16"]),
+    ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=none", "layers.mixers.softmax.pamm=1024"]),
+    ("quickstart", "2xcpu", ["data.length=16384"]),
+    ("hymba", "1xcpu", ["data.length=8192"]),
 ]
+EVERY_TIME = [
+    ("hybrid_1b_4m", "8xh200", ["model.depth=4"]),
+]
+CHOSEN = [pytest.param(*case) for case in EVERY_TIME] + [pytest.param(*case, marks=pytest.mark.full) for case in CASES]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("recipe", "devices", "overrides"), CASES)
+@pytest.mark.parametrize(("recipe", "devices", "overrides"), CHOSEN)
 def test_plans_are_what_dry_runs_hold(recipe: str, devices: str, overrides: list[str]):
     named = devices_named(devices)
     whole = plan(recipe, overrides, named)

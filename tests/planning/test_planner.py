@@ -60,6 +60,26 @@ def test_weights_and_work_are_counted():
     assert 0 < planned.utilization < 1 and planned.tokens_per_second > 0
 
 
+def test_a_mixers_bytes_are_tried_where_they_are_not_counted():
+    mixers = plan("hybrid_1b_1m", [], devices_named("1xh200")).shape.mixers
+    delta, attention = mixers[0], mixers[3]
+    # bfloat16: q, k and v of the convolution and the delta rule's output; then attention's output and lse.
+    assert delta.results == 2 * (2 * 1024 + 2048 + 2048) and attention.results == 2 * 2048 + 4 * 16
+    assert delta.input == attention.input == 2 * 2048
+    # What the convolution was given, q and k of length 1, both gates and their norm, at least.
+    assert delta.kept > 2 * (2 * 1024 + 2048 + 2 * 1024 + 2 * 2048)
+    assert delta.ring > 3 * delta.results and delta.kept_results < delta.results
+    assert mixers[1] == mixers[2] == mixers[4]
+
+
+def test_attention_that_keeps_few_rows_keeps_no_input():
+    overrides = ["layers.mixers.softmax.pamm=1024", "memory.recompute=none"]
+    few, all_rows = (plan("llama_8b_128k", x, devices_named("8xh200")).shape.mixers[0] for x in (overrides, []))
+    assert all_rows.input == 2 * 4096 and few.input == 0
+    assert few.results == all_rows.results + all_rows.held  # tried, one is like the other
+    assert few.kept == pytest.approx(all_rows.kept + 16, abs=8)  # and an index and a scale for each token
+
+
 def test_more_sequences_are_documents_of_their_own():
     one = plan("llama_8b_128k", [], devices_named("8xh200")).shape
     two = plan("llama_8b_128k", ["trainer.sequences=2"], devices_named("8xh200")).shape

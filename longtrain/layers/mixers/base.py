@@ -121,6 +121,11 @@ class Mixer(nn.Module, ABC):
         return sum(parameter.numel() for parameter in cls._on_meta(config, place).parameters())
 
     @classmethod
+    def count_out(cls, config: Any, place: LayerPlace) -> int:
+        """Number of weights of its projection to the residual stream, ``out`` (0: it has none of this name)."""
+        return sum(p.numel() for name, p in cls._on_meta(config, place).named_parameters() if name == "out.weight")
+
+    @classmethod
     def flops_per_token(cls, config: Any, place: LayerPlace, cu_seqlens: Boundaries) -> float:
         """Floating-point operations of forward per token, a multiply-add as 2, averaged over a sequence.
 

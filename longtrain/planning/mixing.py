@@ -1,0 +1,129 @@
+"""Bytes for each token that each layer's mixer holds: counted for softmax attention, tried for all others.
+
+A mixer's tensors are its own affair, and a new one is one file that no planner knows. So each runs once, forward and
+backward, on a pretended device in a process of its own (`longtrain.dry_run.mixers`): some seconds for all mixers of a
+recipe, kept for the plans that follow, of other lengths too.
+"""
+
+import dataclasses
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from longtrain.dry_run.process import printed
+from longtrain.layers.pattern import Layer
+
+if TYPE_CHECKING:
+    from longtrain.planning.work import Shape
+
+SECONDS = 600.0  # for the mixers of a recipe; they take about ten
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Bytes for each token of a rank."""
+
+    results: float  # what operators over ranks return, which recompute may keep
+    held: float  # keys and values that a ring held last, where nothing is recomputed
+    kept: float  # what else the mixer keeps for backward, beside
+    input: float  # its input
+    working: float  # at the fullest moment of its backward: what is neither of the others,
+    ring: float  # what its operators hold inside,
+    kept_results: float  # and what is left of their results
+
+
+def mixing(shape: "Shape") -> list[Mixing]:
+    """Of each layer."""
+    tried = [key for key in dict.fromkeys(_key(shape, index) for index in range(len(shape.layers))) if key is not None]
+    found = dict(zip(tried, _tried(_asked(shape, tried)), strict=True)) if tried else {}
+    keys = [_key(shape, index) for index in range(len(shape.layers))]
+    return [_attention(shape, x) if key is None else found[key] for x, key in zip(shape.layers, keys, strict=True)]
+
+
+# ---- counted --------------------------------------------------------------------------------------------------------
+
+
+def attends(layer: Layer) -> bool:
+    """Whether a layer is softmax attention that keeps what such layers keep."""
+    return layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
+
+
+def _attention(shape: "Shape", layer: Layer) -> Mixing:
+    """Exact: q and out, k and v, and k before it was turned."""
+    options, size = layer.options, shape.size
+    width = options.key_width(layer.place.width)
+    kept = size * width * (2 * options.heads + 3 * options.groups)
+    results = size * options.heads * width + 4 * options.heads  # out and lse
+    return Mixing(
+        results=results,
+        held=0.0 if shape.degrees[1] == 1 else 2.0 * size * options.groups * width,
+        kept=kept,
+        input=size * layer.place.width,
+        working=kept + size * options.heads * width,  # dout
+        ring=_ring(shape, layer),
+        kept_results=results,
+    )
+
+
+def _ring(shape: "Shape", layer: Layer) -> float:
+    """What attention over ranks holds inside its backward: float32 running gradients, and what travels."""
+    options = layer.options
+    width = options.key_width(layer.place.width)
+    at_once = min(options.heads_at_once or options.groups, options.groups)
+    share = at_once / options.groups
+    queries, grouped = options.heads * width * share, at_once * width
+    own = 4.0 * (3 * queries + 2 * grouped)  # out, dout, dq; dk, dv
+    narrow = 0 if shape.size == 4 else shape.size
+    results = narrow * (queries + 2 * grouped)
+    kernels = narrow * (queries + grouped) + 8.0 * options.heads * share  # dout and v for them, delta and exponents
+    if shape.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
+        kernels += 2.0 * grouped * (2 * shape.size + 12)
+    if share == 1:
+        return own + max(results, kernels)
+    # Copies of the group's keys and values; the results of all groups, whole from the start.
+    return own + kernels + narrow * 2 * grouped + (shape.size * (queries + 2 * grouped)) / share
+
+
+# ---- tried ----------------------------------------------------------------------------------------------------------
+
+
+def _key(shape: "Shape", index: int) -> Hashable | None:
+    """What tells a layer's mixer from those that hold something else; None for attention.
+
+    Layers of one kind differ in constants, but for the first, which may have more to do.
+    """
+    layer = shape.layers[index]
+    takes = layer.mixer.takes_shared(layer.options)
+    before = shape.layers[index - 1].name if takes else None
+    return None if attends(layer) else (layer.name, index == 0, before)
+
+
+def _asked(shape: "Shape", keys: list[Any]) -> str:
+    layers, mixers = shape.layers, []
+    for key in keys:
+        index = next(i for i in range(len(layers)) if _key(shape, i) == key)
+        before = layers[index - 1] if key[2] is not None else None
+        mixers.append(
+            {
+                "name": layers[index].mixer.name,
+                "options": dataclasses.asdict(layers[index].options),
+                "place": dataclasses.asdict(layers[index].place),
+                "before": None if before is None else [before.mixer.name, dataclasses.asdict(before.options)],
+            }
+        )
+    asked = {
+        "world": min(shape.degrees[1], 2),  # more ranks hold more summaries of runs, which are small
+        "architecture": shape.devices.device.architecture,
+        "dtype": "bfloat16" if shape.size == 2 else "float32",
+        "layout": shape.recipe.parallel.layout,
+        "mixers": mixers,
+    }
+    return json.dumps(asked, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def _tried(asked: str) -> tuple[Mixing, ...]:
+    line = printed("longtrain.dry_run.mixers", [asked], what="the mixers", timeout=SECONDS)
+    return tuple(Mixing(held=0.0, **each) for each in json.loads(line))
