@@ -4,7 +4,7 @@ from tests.mutated.mutation import Mutation
 
 MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
 HOLDING, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "work", "planner"))
-MIXERS, LAUNCHING = "longtrain/dry_run/mixers.py", "kernels/launching.py"
+TERMS, MIXING, LAUNCHING = "longtrain/planning/terms.py", "longtrain/planning/mixing.py", "kernels/launching.py"
 DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
 
 MUTATIONS = (
@@ -43,10 +43,17 @@ MUTATIONS = (
         (f"{PLANS}test_weights_and_work_are_counted",),
     ),
     Mutation(
-        "plan-takes-every-mixers-input-for-kept",
-        MIXERS,
-        "    del x  # if",
-        "    # if",
+        "plan-forgets-what-scans-hold-inside",
+        TERMS,
+        'moment.add("ring buffers", shape.tokens * mixer.ring)',
+        'moment.add("ring buffers", 0.0)',
+        ("tests/planning/test_against_dry_runs.py::test_plans_are_what_dry_runs_hold[hybrid_1b_4m-8xh200-overrides0]",),
+    ),
+    Mutation(
+        "plan-keeps-the-input-of-every-mixer",
+        MIXING,
+        "options.pamm is None",
+        "options.pamm != 0",
         (f"{PLANS}test_attention_that_keeps_few_rows_keeps_no_input",),
     ),
     Mutation(
