@@ -10,8 +10,9 @@ import json
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
 from longtrain.layers.pattern import Layer
 
@@ -22,23 +23,17 @@ SECONDS = 600.0  # for the mixers of a recipe; they take about ten
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Mixing(MixerHeld):
     """Bytes for each token of a rank."""
 
-    results: float  # what operators over ranks return, which recompute may keep
-    held: float  # keys and values that a ring held last, where nothing is recomputed
-    kept: float  # what else the mixer keeps for backward, beside
-    input: float  # its input
-    working: float  # at the fullest moment of its backward: what is neither of the others,
-    ring: float  # what its operators hold inside,
-    kept_results: float  # and what is left of their results
+    held: float = 0.0  # keys and values that a ring held last, where nothing is recomputed; else among the results
 
 
 def mixing(shape: "Shape") -> list[Mixing]:
     """Of each layer."""
-    tried = [key for key in dict.fromkeys(_key(shape, index) for index in range(len(shape.layers))) if key is not None]
-    found = dict(zip(tried, _tried(_asked(shape, tried)), strict=True)) if tried else {}
     keys = [_key(shape, index) for index in range(len(shape.layers))]
+    tried = [key for key in dict.fromkeys(keys) if key is not None]
+    found = dict(zip(tried, _tried(_asked(shape, [keys.index(key) for key in tried])), strict=True)) if tried else {}
     return [_attention(shape, x) if key is None else found[key] for x, key in zip(shape.layers, keys, strict=True)]
 
 
@@ -100,17 +95,16 @@ def _key(shape: "Shape", index: int) -> Hashable | None:
     return None if attends(layer) else (layer.name, index == 0, before)
 
 
-def _asked(shape: "Shape", keys: list[Any]) -> str:
-    layers, mixers = shape.layers, []
-    for key in keys:
-        index = next(i for i in range(len(layers)) if _key(shape, i) == key)
-        before = layers[index - 1] if key[2] is not None else None
+def _asked(shape: "Shape", indices: list[int]) -> str:
+    mixers = []
+    for layer, before in ((shape.layers[index], shape.layers[index - 1]) for index in indices):
+        takes = layer.mixer.takes_shared(layer.options)
         mixers.append(
             {
-                "name": layers[index].mixer.name,
-                "options": dataclasses.asdict(layers[index].options),
-                "place": dataclasses.asdict(layers[index].place),
-                "before": None if before is None else [before.mixer.name, dataclasses.asdict(before.options)],
+                "name": layer.mixer.name,
+                "options": dataclasses.asdict(layer.options),
+                "place": dataclasses.asdict(layer.place),
+                "before": [before.mixer.name, dataclasses.asdict(before.options)] if takes else None,
             }
         )
     asked = {
@@ -126,4 +120,4 @@ def _asked(shape: "Shape", keys: list[Any]) -> str:
 @lru_cache(maxsize=256)
 def _tried(asked: str) -> tuple[Mixing, ...]:
     line = printed("longtrain.dry_run.mixers", [asked], what="the mixers", timeout=SECONDS)
-    return tuple(Mixing(held=0.0, **each) for each in json.loads(line))
+    return tuple(Mixing(**each) for each in json.loads(line))
