@@ -16,6 +16,7 @@ from longtrain import __version__
 from longtrain.cli import main
 from longtrain.config import quoted_override
 from longtrain.launch import local
+from tests.distributed import run_command
 
 
 @dataclass
@@ -140,3 +141,9 @@ def test_any_path_survives_as_an_override(value: str):
 def test_these_paths_survive_as_an_override(value: str):
     (override,) = OverridesParser.create().parse_overrides([quoted_override("run_dir", value)])
     assert override.value() == value
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
+    command = f"{sys.executable} -P -m longtrain plan llama_8b_128k --devices 8xh200 | true; echo ${{PIPESTATUS[0]}}"
+    ended = run_command(["bash", "-c", command], timeout=120)
+    assert ended.stdout == "141\n"

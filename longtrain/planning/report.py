@@ -14,7 +14,7 @@ def report(plan: Plan) -> str:
     recipe, device, times = plan.recipe, plan.devices.device, plan.times
     lines = [
         f"{recipe.recipe} on {plan.devices} ({device.memory / GIB:.1f} GiB each): data {data} x sequence {sequence}, "
-        f"T = {recipe.data.length:,}, {plan.shape.tokens:,} tokens a device, {plan.shape.weights / 1e9:.3g} billion "
+        f"T = {recipe.data.length:,}, {plan.shape.tokens:,} tokens a device, {_weights(plan.shape.weights)} "
         f"weights, recompute {recipe.memory.recompute}, layout {recipe.parallel.layout}",
         "",
         table(plan.memory.terms),
@@ -74,3 +74,7 @@ def _row(name: str, size: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s"
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.3g} billion" if count >= 1e8 else f"{count:,}"
