@@ -138,8 +138,9 @@ class RATMixer(Mixer):
         if start is not None:
             mean = torch.cat((start[:, None], mean[:, 1:]), 1)
         means = []
-        for token in range(self.chunk):
-            mean = keep[:, :, token] * mean + added[:, :, token]
+        # Taken apart at once: the gradient of each token's slice alone would be as large as the whole.
+        for keeps, adds in zip(keep.unbind(2), added.unbind(2), strict=True):
+            mean = torch.addcmul(adds, keeps, mean)
             means.append(mean)
         return torch.stack(means, 2)
 
