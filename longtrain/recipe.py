@@ -201,6 +201,7 @@ def _check_layers(recipe: Recipe) -> None:
         raise UsageError(str(error)) from error
     _check_pamm(recipe, layers)
     _check_heads_at_once(recipe, layers)
+    _check_pieces(recipe, layers)
     if recipe.parallel.strategy == "auto":
         return
     attending = {layer.name for layer in layers if takes_strategy(layer.mixer)}
@@ -269,6 +270,18 @@ def _check_heads_at_once(recipe: Recipe, layers: typing.Sequence[Layer]) -> None
             f"memory.attention_heads: got {given}, but every layer of {', '.join(sorted(attending))} has its own; null "
             f"would work, or no layers.mixers.{min(attending)}.heads_at_once"
         )
+
+
+def _check_pieces(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
+    """Refuse pieces that are longer than the sequences that they cut: all would be padding."""
+    length = recipe.data.length
+    for layer in layers:
+        cut = layer.mixer.pieces(layer.options)
+        if cut is not None and cut[1] > length:
+            raise UsageError(
+                f"layers.mixers.{layer.name}.{cut[0]}: got pieces of {cut[1]:,} tokens, longer than the sequences that "
+                f"they cut; {length:,} tokens or fewer would work, or a data.length of {cut[1]:,} or more"
+            )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

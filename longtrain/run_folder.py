@@ -84,7 +84,8 @@ def open_existing(run_dir: Path) -> Path:
     """Check that a folder, for resuming or evaluating, is a run's, and return its path."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UsageError(f"there is no run {run_dir}: no such folder")
+        how = "a file, not a folder" if run_dir.exists() else "no such folder"
+        raise UsageError(f"there is no run {run_dir}: {how}")
     if not (run_dir / CONFIG).is_file():
         raise UsageError(f"{run_dir} is not the folder of a run: it has no {CONFIG}")
     return run_dir

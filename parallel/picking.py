@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from longtrain.parallel.communication import accumulation_dtype, all_gather_stacked, all_to_all_parts
 from longtrain.parallel.shard import SequenceShard, shard_of
@@ -58,7 +59,9 @@ def fetch(x: Tensor, picks: Picks, shard: SequenceShard) -> Tensor:
 )
 def _pick(needed: Tensor, *, sizes: Sequence[int], shard: int) -> tuple[Tensor, Tensor, Tensor]:
     own = shard_of(shard)
-    wanted = all_gather_stacked(needed.to(torch.uint8), own.group).wait().cpu().numpy().astype(bool)  # [W, n]
+    every = all_gather_stacked(needed.to(torch.uint8), own.group).wait()
+    # [W, n]; in a dry run nobody picks, and every row may be.
+    wanted = np.ones(every.shape, bool) if isinstance(every, FakeTensor) else every.cpu().numpy().astype(bool)
     bounds = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
     first, stop = bounds[own.rank], bounds[own.rank + 1]
     sends = [np.flatnonzero(rows[first:stop]) for rows in wanted]

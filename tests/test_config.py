@@ -253,6 +253,26 @@ def test_degrees_are_worked_out() -> None:
         degrees(compose("base", ["parallel.sequence=1"]), 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "option", "tokens"),
+    [
+        ("mega", "layers.mixers.mega.chunk=999999", "mega.chunk", "999,999"),
+        ("rat", "layers.mixers.rat.chunk=4097", "rat.chunk", "4,097"),
+        ("moba", "layers.mixers.moba.block=1000000000000", "moba.block", "1,000,000,000,000"),
+        ("natsl", "layers.mixers.natsl.chunk=4097", "natsl.chunk", "4,097"),
+        ("chela", "layers.mixers.chela.scales=100", "chela.scales", "10,141,204,801,825,835,211,973,625,643,008"),
+    ],
+)
+def test_pieces_longer_than_the_sequences_that_they_cut_are_refused(
+    name: str, override: str, option: str, tokens: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        compose(name, [override])
+    assert str(refused.value).startswith(f"layers.mixers.{option}: got pieces of {tokens} tokens, longer than")
+    assert "4,096 tokens or fewer would work" in str(refused.value)
+    compose(name, [override.partition("=")[0] + "=4"])
+
+
 ARCHITECTURES = ("chela", "hymba", "lizard", "masformer", "mega", "mixed_window", "moba", "natsl", "rat", "rat_window")
 
 

@@ -15,7 +15,7 @@ from longtrain.layers.mixers import MIXERS, Mixer
 from longtrain.layers.pattern import Layer
 from longtrain.model import Decoder, ModelConfig
 
-WAYS = ("strategy", "layout", "pamm")
+WAYS = ("strategy", "scan_strategy", "heads_at_once", "layout", "pamm")
 """Options that say how a mixer computes, and not what."""
 
 
@@ -61,7 +61,7 @@ def load_weights(model: Decoder, source: Source, layers: Sequence[Layer]) -> Non
     Raises:
         UsageError: a damaged checkpoint, or one without a weight that is not a new mixer's own.
     """
-    found = checkpoint.read_tensors(source.checkpoint, prefix="model.")
+    found = _read(source, prefix="model.")
     held = {name.removeprefix("model."): tensor for name, tensor in found.items()}
     start = {name: tensor for name, tensor in held.items() if ".mixer." not in name}
     allowed: set[str] = set()
@@ -86,10 +86,18 @@ def teachers(source: Source, layers: Sequence[Layer]) -> dict[int, Mixer]:
     for index in differing(source, layers):
         layer, prefix = source.layers[index], f"model.blocks.{index}.mixer."
         mixer = layer.mixer(_anyway(layer.options), layer.place)
-        held = checkpoint.read_tensors(source.checkpoint, prefix=prefix)
+        held = _read(source, prefix=prefix)
         mixer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in held.items()}, strict=False)
         made[index] = mixer
     return made
+
+
+def _read(source: Source, *, prefix: str) -> dict[str, torch.Tensor]:
+    try:
+        return checkpoint.read_tensors(source.checkpoint, prefix=prefix)
+    except UsageError as error:
+        told = str(error).partition("; remove ")[0]  # which is advice for a run that goes on
+        raise UsageError(f"linearise.from: {told}; a run whose checkpoint is whole would work") from error
 
 
 def _check_layer(source: Source, own: Layer, theirs: Layer) -> None:

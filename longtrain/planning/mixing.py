@@ -111,7 +111,8 @@ def _asked(shape: "Shape", indices: list[int]) -> str:
         "world": min(shape.degrees[1], 2),  # more ranks hold more summaries of runs, which are small
         "architecture": shape.devices.device.architecture,
         "dtype": "bfloat16" if shape.size == 2 else "float32",
-        "layout": shape.recipe.parallel.layout,
+        # Both keep long runs, and mixers hold the same on them.
+        "layout": shape.recipe.parallel.layout.replace("contiguous", "zigzag"),
         "mixers": mixers,
     }
     return json.dumps(asked, sort_keys=True)

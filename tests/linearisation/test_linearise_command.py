@@ -132,3 +132,7 @@ def test_one_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for word, kept in (("linearise.match_steps=5", "3"), ("linearise.from=elsewhere", f"'{source}'")):
         refused = trains(f"resume={run_dir}", word)
         assert refused.startswith(word.split("=")[0]) and f"which has {kept} and keeps it" in refused
+    next((away / "checkpoints").glob("*/*.safetensors")).unlink()
+    refused = trains(*overrides("gsa", away, f"run_dir={tmp_path / 'other'}"))
+    assert refused.startswith("linearise.from: the checkpoint is damaged: ") and "remove" not in refused
+    assert refused.endswith("; a run whose checkpoint is whole would work")

@@ -5,6 +5,7 @@ import pytest
 
 from longtrain.config import compose
 from longtrain.errors import UsageError
+from longtrain.layers.mixers import MIXERS
 from longtrain.planning import devices_named, longest, plan, search
 from longtrain.planning.planner import best_change, that_fit
 
@@ -70,6 +71,15 @@ def test_a_mixers_bytes_are_tried_where_they_are_not_counted():
     assert delta.kept > 2 * (2 * 1024 + 2048 + 2 * 1024 + 2 * 2048)
     assert delta.ring > 3 * delta.results and delta.kept_results < delta.results
     assert mixers[1] == mixers[2] == mixers[4]
+
+
+def test_every_mixer_can_be_tried():
+    names = ",".join(MIXERS)
+    overrides = [f"layers.pattern=[{names}]", f"model.depth={len(MIXERS)}", "layers.mixers={}", "data.length=131072"]
+    planned = plan("quickstart", overrides, devices_named("2xh200"))
+    for layer, mixer in zip(planned.shape.layers, planned.shape.mixers, strict=True):
+        least = planned.shape.size * layer.place.width  # as wide as the model
+        assert mixer.results + mixer.kept >= 2 * least and mixer.working > 0, layer.name
 
 
 def test_attention_that_keeps_few_rows_keeps_no_input():

@@ -113,6 +113,14 @@ class Mixer(nn.Module, ABC):
         Asked only of mixers that take something. before: that layer's mixer and its options; None for the first layer.
         """
 
+    @classmethod
+    def pieces(cls, config: Any) -> tuple[str, int] | None:
+        """The option that says into pieces of how many tokens it cuts a sequence, and how many; None: it cuts none.
+
+        A recipe whose sequences are shorter than one piece is refused.
+        """
+        return None
+
     # ---- what it costs ----------------------------------------------------------------------------------------------
 
     @classmethod

@@ -76,6 +76,10 @@ class CHELAMixer(StatefulMixer, GatedUnit):
             raise ValueError(f"short: got {config.short}, longer than the long filter's {config.taps} taps")
 
     @classmethod
+    def pieces(cls, config: CHELAConfig) -> tuple[str, int]:
+        return "scales", config.taps
+
+    @classmethod
     def mixing_flops(cls, config: CHELAConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
         """4 z v / H for the memories, and 2 L for each channel that is convolved."""
         query, value = config.widths(place.width)

@@ -71,6 +71,10 @@ class MegaMixer(Mixer, GatedUnit):
             raise ValueError(f"rope_base: got {config.rope_base}, it must be above 1")
 
     @classmethod
+    def pieces(cls, config: MegaConfig) -> tuple[str, int]:
+        return "chunk", config.chunk
+
+    @classmethod
     def mixing_flops(cls, config: MegaConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
         """2 (z + v) for each pair that attention sees; the moving average as its recurrence, 4 h for each channel."""
         lengths = np.diff(np.asarray(cu_seqlens, dtype=np.float64))

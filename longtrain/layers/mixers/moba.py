@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from longtrain.kernels import softmax_attention
 from longtrain.layers.cache import KeyValueCache
@@ -59,6 +60,10 @@ class MoBAMixer(Mixer):
             raise ValueError(f"block: got {config.block}, it must be at least 1")
         if config.picks is not None and config.picks < 1:
             raise ValueError(f"picks: got {config.picks}, it must be at least 1, the own block (null: all blocks)")
+
+    @classmethod
+    def pieces(cls, config: MoBAConfig) -> tuple[str, int]:
+        return "block", config.block
 
     @classmethod
     def mixing_flops(cls, config: MoBAConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
@@ -238,18 +243,14 @@ def _merged(
     T_w, H, others]``: which unit a query picked, and whether there is one.
     """
     units, length = keys.shape[:2]
-    query, place = valid.flatten(0, 2).nonzero(as_tuple=True)  # query: (row, token, head) as one number
-    order = torch.argsort(unit[valid], stable=True)
-    query, place = query[order], place[order]
-    # The queries of a unit are a document, whose keys are the unit.
-    ends = torch.bincount(unit[valid], minlength=units).cumsum(0)
+    query, place, bounds = _by_unit(unit, valid, units)
     out, lse = softmax_attention(
         q.flatten(0, 2).index_select(0, query)[None, :, None],
         keys.flatten(0, 1)[None, :, None],
         values.flatten(0, 1)[None, :, None],
         causal=False,
-        cu_seqlens=torch.cat((ends.new_zeros(1), ends)).cpu(),
-        cu_seqlens_k=torch.arange(units + 1) * length,
+        cu_seqlens=bounds,
+        cu_seqlens_k=torch.from_numpy(np.arange(units + 1, dtype=np.int64) * length),
     )
     assert lse is not None
     lse = lse[0, :, 0]
@@ -259,3 +260,20 @@ def _merged(
     share = (lse - total[query]).exp()[:, None]
     merged = own.flatten(0, 2) * (flat - total).exp()[:, None]
     return merged.index_add(0, query, share * out[0, :, 0]).to(q.dtype).view_as(own)
+
+
+def _by_unit(unit: Tensor, valid: Tensor, units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which queries picked each unit: the queries of a unit are a document, whose keys are the unit.
+
+    Returns:
+        Unit by unit the queries, (row, token, head) as one number, which of its picks it was, and, on the CPU, the
+        units' boundaries among these.
+    """
+    if isinstance(valid, FakeTensor):  # a dry run makes no choices: every pick is one, and all units are as popular
+        every, others = torch.arange(valid.numel(), device=valid.device), valid.shape[3]
+        bounds = np.linspace(0, valid.numel(), units + 1).astype(np.int64)
+        return every // others, every % others, torch.from_numpy(bounds)
+    query, place = valid.flatten(0, 2).nonzero(as_tuple=True)
+    order = torch.argsort(unit[valid], stable=True)
+    ends = torch.bincount(unit[valid], minlength=units).cumsum(0)
+    return query[order], place[order], torch.cat((ends.new_zeros(1), ends)).cpu()

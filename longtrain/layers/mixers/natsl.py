@@ -120,6 +120,10 @@ class NATSLMixer(RecurrentMixer):
         check_scan_ranks(config.strategy, heads=config.heads, ranks=ranks, rows=rows)
 
     @classmethod
+    def pieces(cls, config: NATSLConfig) -> tuple[str, int]:
+        return "chunk", config.chunk
+
+    @classmethod
     def mixing_flops(cls, config: NATSLConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
         """6 H K V of the delta rule, and 2 H (K + V) for each pair of a query and a key that softmax sees.
 

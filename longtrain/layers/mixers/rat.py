@@ -77,6 +77,10 @@ class RATMixer(Mixer):
         check_strategy(own, None, heads=config.heads, ranks=ranks, rows=rows)
 
     @classmethod
+    def pieces(cls, config: RATConfig) -> tuple[str, int]:
+        return "chunk", config.chunk
+
+    @classmethod
     def mixing_flops(cls, config: RATConfig, place: LayerPlace, cu_seqlens: Boundaries) -> float:
         """The recurrence's 4 K per head for keys and values, and 4 K for each pair of a token and a chunk it sees."""
         lengths = np.diff(np.asarray(cu_seqlens, dtype=np.float64))
