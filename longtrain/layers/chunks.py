@@ -76,11 +76,34 @@ class Chunks:
     def before(self, x: Tensor) -> Tensor:
         """``[B, N_w, ...]`` -> alike: what x has for the chunk before each, zeros ahead of a document's first.
 
-        Over ranks one chunk travels, as the halo of a convolution along the chunks whose taps are 1 and 0.
+        Over ranks one chunk travels, as the halo of a convolution along the chunks whose taps are 1 and 0. What is not
+        finite travels as the largest number, which times 0 is nothing to the chunk itself, and comes out as NaN.
         """
-        flat = x.flatten(2)
+        flat, largest = x.flatten(2), torch.finfo(x.dtype).max
         taps = flat.new_tensor([1.0, 0.0]).expand(flat.shape[2], 2).contiguous()
-        return sequence_parallel_conv1d(flat, taps, None, self.chunks).view_as(x)
+        flat = torch.where(flat.isfinite(), flat, largest)
+        moved = sequence_parallel_conv1d(flat, taps, None, self.chunks)
+        return torch.where(moved == largest, torch.nan, moved).view_as(x)
+
+
+def sums_over_earlier(matrices: Tensor, x: Tensor) -> Tensor:
+    """``sum_{s <= t} matrices[c, t, s] x[.., s, c]`` for the tokens of each chunk, ``[B, N, L, C]``.
+
+    matrices: ``[C, L, L]``, 0 above their diagonals. x: ``[B, N, L, C]``. What is not finite makes NaN of the sums that
+    it belongs to, and of no others.
+    """
+    finite = x.isfinite()
+    sums = torch.einsum("cts,bnsc->bntc", matrices, torch.where(finite, x, 0))
+    reached = (~finite).cumsum(2, dtype=torch.int32) > 0
+    return torch.where(reached, torch.nan, sums)
+
+
+def sums_over_later(matrices: Tensor, x: Tensor) -> Tensor:
+    """As `sums_over_earlier`, over ``s > t``: matrices are 0 below their diagonals and on them."""
+    finite = x.isfinite()
+    sums = torch.einsum("cts,bnsc->bntc", matrices, torch.where(finite, x, 0))
+    counts = (~finite).cumsum(2, dtype=torch.int32)
+    return torch.where(counts < counts[:, :, -1:], torch.nan, sums)
 
 
 def chunks_of(shard: SequenceShard, length: int) -> Chunks:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels.precision import without_autocast
-from longtrain.layers.chunks import Chunks
+from longtrain.layers.chunks import Chunks, sums_over_earlier, sums_over_later
 from longtrain.layers.recurrence import state_dtype
 
 
@@ -76,4 +76,4 @@ class ShortLongConvolution(nn.Module):
         # one matrix, the first kind up to its diagonal and the second above.
         matrices = self.filter(grid.dtype).T[:, back % self.taps]  # [C, L, L]
         own, other = matrices * (back >= 0), matrices * (back < 0)
-        return torch.einsum("cts,bnsc->bntc", own, grid) + torch.einsum("cts,bnsc->bntc", other, before)
+        return sums_over_earlier(own, grid) + sums_over_later(other, before)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.kernels.precision import without_autocast
-from longtrain.layers.chunks import Chunks
+from longtrain.layers.chunks import Chunks, sums_over_earlier
 from longtrain.layers.recurrence import state_dtype
 from longtrain.parallel import sequence_parallel_linear_attention
 
@@ -95,7 +95,7 @@ class _Rates:
         back = place[:, None] - place
         # The filter of each channel as a matrix [L, L], which is 0 above its diagonal.
         matrices = taps.T[:, back.clamp(min=0)] * (back >= 0)
-        return torch.einsum("dts,bnsd->bntd", matrices, grid)
+        return sums_over_earlier(matrices, grid)
 
     def added(self, grid: Tensor) -> Tensor:
         """What the tokens of a chunk add to s at its end, ``[B, N, D, h]``."""

@@ -130,6 +130,18 @@ def test_nothing_comes_from_later_tokens(name: str, number: int) -> None:
 
 @every_case
 @torch.no_grad()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_no_earlier_token(name: str, number: int, value: float) -> None:
+    mixer = build(name, number)
+    x, _ = inputs()
+    x[0, 20] = value
+    y = mixer(x, SequenceShard(length=LENGTH))
+    assert y[0, :20].isfinite().all() and y[1:].isfinite().all()
+    assert not y[0, 20].isfinite().all()
+
+
+@every_case
+@torch.no_grad()
 def test_what_happened_long_ago_matters(name: str, number: int) -> None:
     mixer = build(name, number)
     if not isinstance(mixer, StatefulMixer):

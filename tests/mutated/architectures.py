@@ -24,6 +24,20 @@ GRID = "tests/layers/test_chunks.py::test_every_rank_holds_whole_chunks"
 
 MUTATIONS = (
     Mutation(
+        "what-is-not-finite-reaches-a-whole-chunk",
+        CHUNKS,
+        "reached = (~finite).cumsum(2, dtype=torch.int32) > 0",
+        "reached = (~finite).any(2, keepdim=True).expand_as(finite)",
+        (f"{MIXERS}test_what_is_not_finite_reaches_no_earlier_token[nan-mega-0]",),
+    ),
+    Mutation(
+        "chunk-before-with-what-is-not-finite-in-its-own",
+        CHUNKS,
+        "flat = torch.where(flat.isfinite(), flat, largest)",
+        "flat = flat.clone()",
+        (f"{MIXERS}test_what_is_not_finite_reaches_no_earlier_token[inf-chela-0]",),
+    ),
+    Mutation(
         "chunks-cut-where-ranks-are",
         CHUNKS,
         "start = int(offsets[document]) + number * self.length",
