@@ -118,6 +118,11 @@ def visited(blocks: Sequence[Block], device: torch.device) -> Sequence[Block]:
     return [*blocks[:2], blocks[-1]] if pretended and len(blocks) > 3 else blocks
 
 
+def tiles(count: int, size: int, device: torch.device) -> Sequence[slice]:
+    """0 ... count in slices of at most `size`, those that a loop on this device has to go through (`visited`)."""
+    return visited([slice(start, min(start + size, count)) for start in range(0, count, size)], device)
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations a device gets, one of ARCHITECTURES.
 

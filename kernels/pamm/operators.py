@@ -1,6 +1,5 @@
 """The registered operators `longtrain::pamm_linear` and `..._backward`: forward returns what backward needs, too."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def _forward(x: Tensor, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, T
     inverse = torch.where(square > 0, square.rsqrt(), 0)  # a row of zeros is like nothing
     index = torch.empty(tokens.shape[0], dtype=torch.int32, device=x.device)
     scale = torch.empty(tokens.shape[0], dtype=wide.dtype, device=x.device)
-    for part in _parts(tokens):
+    for part in launching.tiles(tokens.shape[0], CHUNK, tokens.device):
         likeness = (tokens[part].to(wide.dtype) @ wide.t()) * inverse
         chosen = likeness.abs().argmax(1)
         index[part] = chosen.to(torch.int32)
@@ -45,14 +44,9 @@ def _backward(dy: Tensor, weight: Tensor, kept: Tensor, index: Tensor, scale: Te
     """dx [..., D] and dweight [O, D]."""
     flat = dy.reshape(-1, dy.shape[-1])
     by_row = torch.zeros(kept.shape[0], flat.shape[1], dtype=scale.dtype, device=dy.device)
-    for part in _parts(flat):
+    for part in launching.tiles(flat.shape[0], CHUNK, flat.device):
         by_row.index_add_(0, index[part].long(), flat[part].to(scale.dtype) * scale[part, None])
     return dy @ weight, (by_row.t() @ kept.to(scale.dtype)).to(weight.dtype)
-
-
-def _parts(tokens: Tensor) -> Sequence[slice]:
-    parts = [slice(start, start + CHUNK) for start in range(0, tokens.shape[0], CHUNK)]
-    return launching.visited(parts, tokens.device)
 
 
 @_forward.register_fake

@@ -67,4 +67,4 @@ def _fused(x: Tensor, weight: Tensor | None) -> bool:
 def _tiles(x: Tensor) -> Sequence[slice]:
     tokens, width = x.shape
     size = max(1, (_CPU_TILE if x.device.type == "cpu" else _DEVICE_TILE) // width)
-    return launching.visited([slice(start, min(start + size, tokens)) for start in range(0, tokens, size)], x.device)
+    return launching.tiles(tokens, size, x.device)

@@ -17,8 +17,7 @@ def rotate(x: Tensor, positions: Tensor, *, base: float, inverse: bool) -> Tenso
     out = x.new_empty(x.shape)
     numbers = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
     size = max(1, (_CPU_TILE if x.device.type == "cpu" else _DEVICE_TILE) // numbers)
-    tiles = [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
-    for tile in launching.visited(tiles, x.device):
+    for tile in launching.tiles(x.shape[1], size, x.device):
         angles = positions[tile].to(torch.float64)[:, None] * frequencies
         cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
         first, second = x[:, tile, :, :half], x[:, tile, :, half:]

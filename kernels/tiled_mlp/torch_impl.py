@@ -7,8 +7,6 @@ With n = rms_norm(x), h = n gate_up^T, a = silu(h_gate) h_up, y = x + a down^T, 
 Five products are left to backward beside the one that computes h again.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from longtrain.kernels.swiglu import torch_impl as gates
 def forward(x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, *, eps: float, tile: int) -> Tensor:
     """y [n, D]; x [n, D]."""
     out, gain = torch.empty_like(x), norm.to(norms.state_dtype(x, norm))
-    for rows in _tiles(x, tile):
+    for rows in launching.tiles(x.shape[0], tile, x.device):
         normal, _ = norms.forward(x[rows], gain, eps=eps)
         inner = gates.forward(normal @ gate_up.t())
         torch.addmm(x[rows], inner, down.t(), out=out[rows])
@@ -35,7 +33,7 @@ def backward(
     dx, wide = torch.empty_like(x), norms.state_dtype(x, norm)
     gain = norm.to(wide)
     dnorm, dgate_up, ddown = (torch.zeros_like(weight, dtype=wide) for weight in (norm, gate_up, down))
-    for rows in _tiles(x, tile):
+    for rows in launching.tiles(x.shape[0], tile, x.device):
         normal, r = norms.forward(x[rows], gain, eps=eps)
         hidden = normal @ gate_up.t()
         _add_product(ddown, dy[rows].t(), gates.forward(hidden))
@@ -53,8 +51,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype in HALVES and a.device.type == "cpu":  # which has no product of halves with a float32 result
         a, b = a.to(total.dtype), b.to(total.dtype)
     multiply(a, b, total, add=True)
-
-
-def _tiles(x: Tensor, tile: int) -> Sequence[slice]:
-    tiles = [slice(start, min(start + tile, x.shape[0])) for start in range(0, x.shape[0], tile)]
-    return launching.visited(tiles, x.device)

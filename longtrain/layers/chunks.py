@@ -92,18 +92,21 @@ def sums_over_earlier(matrices: Tensor, x: Tensor) -> Tensor:
     matrices: ``[C, L, L]``, 0 above their diagonals. x: ``[B, N, L, C]``. What is not finite makes NaN of the sums that
     it belongs to, and of no others.
     """
-    finite = x.isfinite()
-    sums = torch.einsum("cts,bnsc->bntc", matrices, torch.where(finite, x, 0))
-    reached = (~finite).cumsum(2, dtype=torch.int32) > 0
-    return torch.where(reached, torch.nan, sums)
+    sums, counts = _finite_sums(matrices, x)
+    return torch.where(counts > 0, torch.nan, sums)
 
 
 def sums_over_later(matrices: Tensor, x: Tensor) -> Tensor:
     """As `sums_over_earlier`, over ``s > t``: matrices are 0 below their diagonals and on them."""
+    sums, counts = _finite_sums(matrices, x)
+    return torch.where(counts < counts[:, :, -1:], torch.nan, sums)
+
+
+def _finite_sums(matrices: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over what is finite, and how many numbers up to each token are not, ``[B, N, L, C]``."""
     finite = x.isfinite()
     sums = torch.einsum("cts,bnsc->bntc", matrices, torch.where(finite, x, 0))
-    counts = (~finite).cumsum(2, dtype=torch.int32)
-    return torch.where(counts < counts[:, :, -1:], torch.nan, sums)
+    return sums, (~finite).cumsum(2, dtype=torch.int32)
 
 
 def chunks_of(shard: SequenceShard, length: int) -> Chunks:

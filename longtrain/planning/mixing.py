@@ -40,7 +40,7 @@ def mixing(shape: "Shape") -> list[Mixing]:
 # ---- counted --------------------------------------------------------------------------------------------------------
 
 
-def attends(layer: Layer) -> bool:
+def _counted(layer: Layer) -> bool:
     """Whether a layer is softmax attention that keeps what such layers keep."""
     return layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
 
@@ -92,7 +92,7 @@ def _key(shape: "Shape", index: int) -> Hashable | None:
     layer = shape.layers[index]
     takes = layer.mixer.takes_shared(layer.options)
     before = shape.layers[index - 1].name if takes else None
-    return None if attends(layer) else (layer.name, index == 0, before)
+    return None if _counted(layer) else (layer.name, index == 0, before)
 
 
 def _asked(shape: "Shape", indices: list[int]) -> str:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtrain.layers.chunks import chunks_of
+from longtrain.layers.long_convolution import ShortLongConvolution
 from longtrain.parallel import SequenceShard
 
 documents = st.lists(st.integers(0, 12), min_size=1, max_size=6)
@@ -53,3 +54,13 @@ def test_no_tokens_at_all(world: int) -> None:
     chunks = chunks_of(shard, 4)
     assert chunks.grid(torch.zeros(2, 0, 3)).shape == (2, 0, 4, 3)
     assert chunks.tokens(torch.zeros(2, 0, 4, 3)).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_filter_carries_what_is_not_finite_no_further_than_its_taps(value: float) -> None:
+    convolution = ShortLongConvolution(2, short=2, places=2, scales=2).double()  # 4 taps
+    x = torch.randn(1, 24, 2, dtype=torch.float64)
+    x[0, 9, 0] = value
+    y = convolution(x, chunks_of(SequenceShard(length=24), convolution.taps))
+    finite = y.isfinite()[0]
+    assert finite[:, 1].all() and (~finite[:, 0]).nonzero().flatten().tolist() == [9, 10, 11, 12]

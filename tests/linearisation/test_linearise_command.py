@@ -10,6 +10,9 @@ from longtrain import generation
 from longtrain.config import compose, read_run
 from longtrain.errors import UsageError
 from longtrain.evaluation import evaluate
+from longtrain.layers.pattern import LayersConfig, named_layers
+from longtrain.linearisation.source import Source, differing
+from longtrain.model import ModelConfig
 from longtrain.train import train
 from tests.distributed import run_distributed
 from tests.linearisation.runs import overrides, processes_of, settings, trained
@@ -34,6 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REFUSED = [
     ("gsa", "nowhere", [], ("linearise.from: there is no run", "nowhere")),
+    ("gsa", "softmax/config.yaml", [], ("linearise.from: there is no run", "a file, not a folder")),
     ("gsa", "empty", [], ("linearise.from: ", "is not the folder of a run")),
     ("gsa", "untrained", [], ("linearise.from: ", "no checkpoint yet")),
     ("gsa", "softmax", ["linearise.from=null"], ("linearise.from: got null", "linearise.from=RUN would work")),
@@ -136,3 +140,14 @@ def test_one_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused = trains(*overrides("gsa", away, f"run_dir={tmp_path / 'other'}"))
     assert refused.startswith("linearise.from: the checkpoint is damaged: ") and "remove" not in refused
     assert refused.endswith("; a run whose checkpoint is whole would work")
+
+
+def test_how_states_cross_ranks_makes_no_other_mixer() -> None:
+    ours, theirs = (
+        named_layers(LayersConfig(pattern="hymba", mixers={"hymba": options}), width=32, depth=2)
+        for options in ({"scan_strategy": "chain"}, {})
+    )
+    source = Source(Path("checkpoint"), Path("run"), ModelConfig(), tuple(theirs), 257)
+    assert differing(source, ours) == []
+    other = named_layers(LayersConfig(pattern="hymba", mixers={"hymba": {"state_width": 8}}), width=32, depth=2)
+    assert differing(source, other) == [0, 1]

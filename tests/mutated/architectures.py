@@ -26,9 +26,16 @@ MUTATIONS = (
     Mutation(
         "what-is-not-finite-reaches-a-whole-chunk",
         CHUNKS,
-        "reached = (~finite).cumsum(2, dtype=torch.int32) > 0",
-        "reached = (~finite).any(2, keepdim=True).expand_as(finite)",
+        "torch.where(counts > 0, torch.nan, sums)",
+        "torch.where(counts[:, :, -1:] > 0, torch.nan, sums)",
         (f"{MIXERS}test_what_is_not_finite_reaches_no_earlier_token[nan-mega-0]",),
+    ),
+    Mutation(
+        "filter-reaches-further-where-it-is-not-finite",
+        CHUNKS,
+        "torch.where(counts < counts[:, :, -1:], torch.nan, sums)",
+        "torch.where(counts[:, :, -1:] > 0, torch.nan, sums)",
+        ("tests/layers/test_chunks.py::test_a_filter_carries_what_is_not_finite_no_further_than_its_taps",),
     ),
     Mutation(
         "chunk-before-with-what-is-not-finite-in-its-own",
