@@ -202,6 +202,7 @@ def _check_layers(recipe: Recipe) -> None:
     _check_pamm(recipe, layers)
     _check_heads_at_once(recipe, layers)
     _check_pieces(recipe, layers)
+    _check_windows(recipe, layers)
     if recipe.parallel.strategy == "auto":
         return
     attending = {layer.name for layer in layers if takes_strategy(layer.mixer)}
@@ -282,6 +283,23 @@ def _check_pieces(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
                 f"layers.mixers.{layer.name}.{cut[0]}: got pieces of {cut[1]:,} tokens, longer than the sequences that "
                 f"they cut; {length:,} tokens or fewer would work, or a data.length of {cut[1]:,} or more"
             )
+
+
+def _check_windows(recipe: Recipe, layers: typing.Sequence[Layer]) -> None:
+    """Refuse windows that hold more than whole sequences: they would see what full attention sees.
+
+    A mixer's default is not asked for and may be wider.
+    """
+    length = recipe.data.length
+    for layer in layers:
+        for option in fields(layer.options):
+            window = getattr(layer.options, option.name)
+            if option.name == "window" and window not in (None, option.default) and window >= length:
+                raise UsageError(
+                    f"layers.mixers.{layer.name}.window: got {window:,} tokens besides its own, as many as the "
+                    f"sequences have or more, which cuts nothing; {length - 1:,} or fewer would work, or a data.length "
+                    f"above {window:,}"
+                )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

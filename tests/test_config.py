@@ -273,6 +273,18 @@ def test_pieces_longer_than_the_sequences_that_they_cut_are_refused(
     compose(name, [override.partition("=")[0] + "=4"])
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"), [("softmax", "softmax"), ("masformer", "near"), ("lizard", "lizard"), ("hymba", "wide")]
+)
+def test_windows_that_hold_whole_sequences_are_refused(name: str, layer: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        compose(name, [f"layers.mixers.{layer}.window=4096"])
+    assert str(refused.value).startswith(f"layers.mixers.{layer}.window: got 4,096 tokens besides its own")
+    assert "4,095 or fewer would work, or a data.length above 4,096" in str(refused.value)
+    compose(name, [f"layers.mixers.{layer}.window=4095"])
+    compose("softmax", ["layers.pattern=sliding_window", "data.length=256"])  # a default was not asked for
+
+
 ARCHITECTURES = ("chela", "hymba", "lizard", "masformer", "mega", "mixed_window", "moba", "natsl", "rat", "rat_window")
 
 

@@ -326,10 +326,22 @@ def check_heads(heads: int, head_width: int | None, place: LayerPlace) -> None:
     """Refuse, with a ValueError, head counts and widths that cannot work; None for the width is D / heads."""
     if heads < 1:
         raise ValueError(f"heads: got {heads}, it must be at least 1")
-    if head_width is None and place.width % heads:
-        raise ValueError(f"heads: got {heads}, it must divide model.width = {place.width}")
+    if head_width is None:
+        check_divides("heads", heads, "model.width", place.width)
     if head_width is not None and head_width < 1:
         raise ValueError(f"head_width: got {head_width}, it must be at least 1")
+
+
+def check_divides(option: str, given: int, whole: str, total: int, *, otherwise: str = "") -> None:
+    """Refuse, with a ValueError that says which numbers near it would work, one that does not divide the total.
+
+    whole: the total's name. otherwise: what else would work, as ``" (or give key_width)"``.
+    """
+    if given < 1 or total < 1 or total % given:
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        near = [d for d in divisors if d < given][-1:] + [d for d in divisors if d > given][:1]
+        fits = " or ".join(map(str, near)) or "none"
+        raise ValueError(f"{option}: got {given}, it must divide {whole} = {total}: {fits} would work{otherwise}")
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

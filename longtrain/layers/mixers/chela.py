@@ -9,7 +9,7 @@ from torch import Tensor
 from longtrain.layers.chunks import chunks_of
 from longtrain.layers.gated_unit import GatedUnit
 from longtrain.layers.long_convolution import ShortLongConvolution
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_divides, check_scan_strategy
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, scan_linear_attention
 from longtrain.parallel import SequenceShard
@@ -67,7 +67,7 @@ class CHELAMixer(StatefulMixer, GatedUnit):
         for option, width in zip(("query_width", "value_width"), config.widths(place.width), strict=True):
             if width < 1 or width % config.heads:
                 if getattr(config, option) is None:
-                    raise ValueError(f"heads: got {config.heads}, it must divide {width} (or give {option})")
+                    check_divides("heads", config.heads, f"{option}'s default", width, otherwise=f" (or give {option})")
                 raise ValueError(f"{option}: got {width}, expected a multiple of heads = {config.heads} from there on")
         for option in ("short", "places", "scales"):
             if getattr(config, option) < 1:

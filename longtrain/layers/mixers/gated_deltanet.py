@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_divides, check_scan_strategy
 from longtrain.layers.mixers.heads import DeltaHeads, check_delta_heads
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import scan_delta_rule
@@ -47,8 +47,7 @@ class GatedDeltaNetMixer(StatefulMixer):
     def check(cls, config: GatedDeltaNetConfig, place: LayerPlace) -> None:
         check_scan_strategy(config.strategy)
         check_delta_heads(config, place)
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"key_heads: got {config.groups}, it must divide heads = {config.heads}")
+        check_divides("key_heads", config.groups, "heads", config.heads)
         check_conv_width(config.conv_width)
 
     @classmethod

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_divides, check_scan_strategy
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.recurrence import MemoryState, scan_linear_attention, state_dtype
 from longtrain.parallel import SequenceShard
@@ -49,11 +49,11 @@ class GLAMixer(StatefulMixer):
             raise ValueError(f"heads: got {config.heads}, it must be at least 1")
         for option, parts in (("key_width", 2 * config.heads), ("value_width", config.heads)):
             given = getattr(config, option)
-            if given is None and place.width % parts:
-                raise ValueError(
-                    f"heads: got {config.heads}, {parts} must divide model.width = {place.width} (or give {option})"
-                )
-            if given is not None and given < 1:
+            if given is None:
+                whole = "model.width" if parts == config.heads else "model.width / 2"
+                total = place.width * config.heads // parts
+                check_divides("heads", config.heads, whole, total, otherwise=f" (or give {option})")
+            elif given < 1:
                 raise ValueError(f"{option}: got {given}, it must be at least 1")
         if config.gate_rank < 1:
             raise ValueError(f"gate_rank: got {config.gate_rank}, it must be at least 1")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from longtrain.layers.mixers.base import LayerPlace, check_heads
+from longtrain.layers.mixers.base import LayerPlace, check_divides, check_heads
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def check_delta_heads(config: DeltaHeads, place: LayerPlace) -> None:
 def check_grouped_heads(config: GroupedHeads, place: LayerPlace) -> None:
     """Refuse, with a ValueError, numbers and widths of heads that cannot work."""
     check_heads(config.heads, config.head_width, place)
-    if config.groups < 1 or config.heads % config.groups:
-        raise ValueError(f"kv_heads: got {config.groups}, it must divide heads = {config.heads}")
+    check_divides("kv_heads", config.groups, "heads", config.heads)
 
 
 def check_rotary_heads(config: RotaryHeads, place: LayerPlace) -> None:

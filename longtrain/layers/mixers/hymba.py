@@ -19,6 +19,7 @@ from longtrain.layers.mixers.base import (
     Shared,
     SharingMixer,
     check_choice,
+    check_divides,
     check_prompt,
     check_scan_ranks,
     long_home,
@@ -109,10 +110,8 @@ class HymbaMixer(SharingMixer):
             if getattr(config, option) < 1:
                 raise ValueError(f"{option}: got {getattr(config, option)}, it must be at least 1")
         inner = config.expand * place.width
-        if inner % config.heads:
-            raise ValueError(f"heads: got {config.heads}, it must divide expand * model.width = {inner}")
-        if config.recurrent_heads < 1 or inner % config.recurrent_heads:
-            raise ValueError(f"ssm_heads: got {config.recurrent_heads}, it must divide expand * model.width = {inner}")
+        check_divides("heads", config.heads, "expand * model.width", inner)
+        check_divides("ssm_heads", config.recurrent_heads, "expand * model.width", inner)
         if config.window is not None and config.window < 0:
             raise ValueError(f"window: got {config.window}, it must be 0 or more (null: no window)")
         check_conv_width(config.conv_width)
@@ -143,7 +142,11 @@ class HymbaMixer(SharingMixer):
             own, other = getattr(config, option), getattr(options, option)
             if own != other:
                 name = "kv_heads" if option == "groups" else option
-                raise ValueError(f"share_kv: got true with {name} = {own}, expected that of the layer before, {other}")
+                own, other = ("null" if value is None else value for value in (own, other))
+                raise ValueError(
+                    f"{name}: got {own} with share_kv, which takes the keys and values of the layer before: its "
+                    f"{other} would work"
+                )
 
     # ---- what it costs ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_scan_strategy
+from longtrain.layers.mixers.base import Boundaries, LayerPlace, StatefulMixer, check_divides, check_scan_strategy
 from longtrain.layers.recurrence import scan_linear_attention
 from longtrain.layers.selective import SelectiveDecay
 from longtrain.layers.short_convolution import ConvolvedState, ShortConvolution, check_conv_width
@@ -48,10 +48,8 @@ class Mamba2Mixer(StatefulMixer):
             if getattr(config, option) < 1:
                 raise ValueError(f"{option}: got {getattr(config, option)}, it must be at least 1")
         inner = config.expand * place.width
-        if inner % config.heads:
-            raise ValueError(f"heads: got {config.heads}, it must divide expand * model.width = {inner}")
-        if config.groups < 1 or config.heads % config.groups:
-            raise ValueError(f"groups: got {config.groups}, it must divide heads = {config.heads}")
+        check_divides("heads", config.heads, "expand * model.width", inner)
+        check_divides("groups", config.groups, "heads", config.heads)
         check_conv_width(config.conv_width)
 
     @classmethod

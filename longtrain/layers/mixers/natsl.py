@@ -99,7 +99,10 @@ class NATSLMixer(RecurrentMixer):
         check_delta_heads(config, place)
         heads = config.softmax_heads
         if heads < 1 or heads % config.heads:
-            raise ValueError(f"attention_heads: got {heads}, it must be a multiple of heads = {config.heads}")
+            near = max(heads // config.heads, 1) * config.heads
+            raise ValueError(
+                f"attention_heads: got {heads}, it must be a multiple of heads = {config.heads}: {near} would work"
+            )
         parts = heads // config.heads
         for option, width in zip(("key_width", "value_width"), config.widths(place.width), strict=True):
             if width % parts:
