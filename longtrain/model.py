@@ -12,7 +12,7 @@ from longtrain.layers import LayerPlace, Mixer, SwiGLU
 from longtrain.layers.mixers.base import Shared, SharingMixer
 from longtrain.layers.norm import RMSNorm
 from longtrain.layers.pattern import LayersConfig, hands_on, layer_names, named_layers
-from longtrain.memory import MemoryConfig, layer_policies, run_block, store_for
+from longtrain.memory import MemoryConfig, check_seen, layer_policies, run_block, store_for
 from longtrain.parallel import SequenceShard
 
 KEEP_EVERYTHING = MemoryConfig()
@@ -104,6 +104,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.memory = memory
         self.policies = layer_policies(memory.recompute, layer_names(layers, config.depth))
+        self._unseen = any(policy.named for policy in self.policies)  # whether the first forward pass has still to tell
         made: dict[str, Any] = dict(self.parts(config, layers, vocabulary=vocabulary, memory=memory))
         self.embedding: nn.Embedding = made["embedding"]
         # Learned tokens in front of every document, "meta tokens" ("Hymba", section 2.3): a text of their own, whose
@@ -158,6 +159,9 @@ class Decoder(nn.Module):
         for block, policy in zip(self.blocks, self.policies, strict=True):
             found = run_block(block, x, shard, *shared, policy=policy, tiled=tiled, store=store)
             x, shared = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
+        if self._unseen and torch.is_grad_enabled():
+            check_seen(self.policies)
+            self._unseen = False
         x = self.norm(x if self.meta_embedding is None else x[:, len(self.meta_embedding) :])
         if labels is None:
             return self.head(x)

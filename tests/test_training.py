@@ -49,17 +49,15 @@ TWO = ("trainer.sequences=2", "data.length=1024")
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "common"),
-    [
-        (2, "zigzag", ()),
-        (2, "contiguous", TWO),
-        (2, "striped", TWO),
-        (4, "zigzag", TWO),
-        (4, "striped:16", ()),
-    ],
+    ("world", "layout"), [(2, "zigzag"), (2, "contiguous"), (2, "striped"), (4, "zigzag"), (4, "striped:16")]
 )
-def test_quickstart_has_the_same_losses_on_any_number_of_ranks(world: int, layout: str, common: Sequence[str]) -> None:
-    assert_same_losses(world, [f"parallel.layout={layout}"], *common)
+def test_quickstart_has_the_same_losses_on_any_number_of_ranks(world: int, layout: str) -> None:
+    assert_same_losses(world, [f"parallel.layout={layout}"], *TWO)
+
+
+@pytest.mark.full
+def test_the_whole_quickstart_has_the_same_losses() -> None:
+    assert_same_losses(2, [])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ TERMS = (
 )
 """What memory is held for; `dry_run.tracker.Term` says what each means. With "total" the keys of `Held`'s mappings."""
 
+ENGINE_TERMS = TERMS[:4]
+"""Those that depend on how an engine shards. A dry run of engine=deepspeed, whose kernels and buffers cannot be
+pretended, runs the same program under fsdp: these terms are fsdp's, the others those of both engines."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -38,7 +42,10 @@ class Held:
 
 @dataclass(frozen=True)
 class MixerHeld:
-    """Bytes for each token of a rank that a mixer's forward and backward pass hold, beside weights, y and dy."""
+    """Bytes for each token of a rank that a mixer's forward and backward pass hold, beside weights, y and dy.
+
+    Or a whole block's, which computes again what its policy does not keep; dy is in `working` then.
+    """
 
     results: float  # results of operators over ranks, which recompute may keep
     kept: float  # what else it keeps for backward, beside

@@ -1,9 +1,12 @@
-"""What single mixers hold: forward and backward of each alone, at two lengths, on a pretended device.
+"""What single mixers or blocks hold: forward and backward of each alone, at two lengths, on a pretended device.
 
     python -m longtrain.dry_run.mixers '{"world": 2, "architecture": "sm_90", "dtype": "bfloat16", "layout": "zigzag",
-                                         "mixers": [{"name": "gla", "options": {}, "place": {...}, "before": null}]}'
+        "mixers": [{"name": "gla", "options": {}, "place": {...}, "before": null, "block": null}]}'
 
-prints the `MixerHeld` of each as a line of JSON. What does not grow with the tokens is left out: a planner that knows
+prints the `MixerHeld` of each as a line of JSON: of the mixer alone, or of its block under a policy, which is given as
+``{"hidden": 384, "tile": null, "recompute": ["attention", "aten::mm"]}``.
+
+What does not grow with the tokens is left out: a planner that knows
 the length, or looks for the longest one, needs what each token takes.
 """
 
@@ -24,6 +27,8 @@ from longtrain.dry_run.tracker import Term, Tracker
 from longtrain.errors import leave, report_failure
 from longtrain.layers.mixers import MIXERS, LayerPlace, Mixer
 from longtrain.layers.mixers.base import Shared, SharingMixer
+from longtrain.memory import layer_policies, run_block
+from longtrain.model import Block, ModelConfig
 from longtrain.parallel import SequenceShard, build_mesh, sequence_ranks
 
 # Tokens of a rank, whole numbers of every tile: on CPUs tiles are small.
@@ -71,13 +76,22 @@ def _passes(
             shared = before.mix_shared(x, shard, ())[1]
         shared = tuple(z.requires_grad_() for z in shared)
     tracker.mark(x, Term.INPUTS)
-    y = mixer.mix_shared(x, shard, shared)[0] if isinstance(mixer, SharingMixer) else mixer(x, shard)
+    if asked["block"] is not None:
+        module = _block(asked["block"], mixer, place.width, tracker, device=device, dtype=dtype)
+        policy = layer_policies(asked["block"]["recompute"], [mixer.name])[0]
+        y = run_block(module, x, shard, *shared, policy=policy, tiled=module.tile is not None)
+        assert isinstance(y, Tensor)
+    else:
+        module = mixer
+        y = mixer.mix_shared(x, shard, shared)[0] if isinstance(mixer, SharingMixer) else mixer(x, shard)
     del x  # if the mixer has no need of it, nobody has
+    if module is not mixer:
+        y = y * 1  # its backward makes a dy that nobody holds but autograd, which frees it as in a training
     dy = torch.empty_like(y)
     tracker.mark((leaf, shared, y, dy), Term.WEIGHTS)
     forward = tracker.held()
     tracker.restart()
-    inputs: list[Tensor] = [leaf, *shared, *mixer.parameters()]
+    inputs: list[Tensor] = [leaf, *shared, *module.parameters()]
     gradients = torch.autograd.grad(y, inputs, dy, allow_unused=True)
     del gradients
     backward = tracker.peak()
@@ -110,6 +124,22 @@ def _made(
         torch.set_default_dtype(before)
     tracker.mark(list(mixer.parameters()), Term.WEIGHTS)
     return mixer
+
+
+def _block(
+    asked: Mapping[str, Any], mixer: Mixer, width: int, tracker: Tracker, *, device: torch.device, dtype: torch.dtype
+) -> Block:
+    """The block around a mixer."""
+    config = ModelConfig(width=width, mlp_width=asked["hidden"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            block = Block(config, mixer, tile=asked["tile"])
+    finally:
+        torch.set_default_dtype(before)
+    tracker.mark(list(block.parameters()), Term.WEIGHTS)
+    return block
 
 
 def main(words: list[str]) -> int:

@@ -4,6 +4,7 @@ The program is what a training run executes: `build_trainer`, then `train_step`.
 zero, as a checkpoint would find it, so that one step shows what every later one holds.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from longtrain.dry_run import Held
 from longtrain.dry_run import device as dry_device
 from longtrain.dry_run.modes import Fakes, Program
 from longtrain.dry_run.tracker import Term, Tracker
+from longtrain.engines import DeepSpeedConfig, FSDPConfig
 from longtrain.errors import UsageError
 from longtrain.kernels import launching
 from longtrain.parallel import build_mesh
@@ -34,8 +36,11 @@ from longtrain.trainer import Trainer
 
 
 def run(recipe: Recipe, *, world: int, rank: int = 0, architecture: str | None = None, real: bool = False) -> Held:
-    """One step as `rank` of `world`; see `longtrain.dry_run.dry_run`. Once per process."""
+    """One step as `rank` of `world`; see `longtrain.launch.dry_runs.dry_run`. Once per process."""
     _check(recipe, world=world, rank=rank, architecture=architecture, real=real)
+    if recipe.engine == "deepspeed":
+        away = FSDPConfig(cpu_offload=recipe.deepspeed.offload_optimizer != "none")
+        recipe = dataclasses.replace(recipe, engine="fsdp", fsdp=away, deepspeed=DeepSpeedConfig())
     start = time.perf_counter()
     data, sequence = degrees(recipe, world)
     device = join(world=world, rank=rank, architecture=architecture, real=real)
@@ -59,8 +64,6 @@ def run(recipe: Recipe, *, world: int, rank: int = 0, architecture: str | None =
 
 
 def _check(recipe: Recipe, *, world: int, rank: int, architecture: str | None, real: bool) -> None:
-    if recipe.engine != "fsdp":
-        raise UsageError(f"engine: got {recipe.engine!r}, dry runs know 'fsdp'; plan without --dry-run, or engine=fsdp")
     if world < 1 or not 0 <= rank < world:
         raise UsageError(f"--rank: got {rank} of --world {world}, expected 0 to {max(world, 1) - 1}")
     if architecture is not None and architecture not in launching.ARCHITECTURES:

@@ -76,7 +76,14 @@ class DeepSpeedEngine(Engine):
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         if config.stage == 3 and setup.values is not None:
             _partition(deepspeed, setup, options)
-        self._engine, self._zero, *_ = deepspeed.initialize(model=setup.model, optimizer=optimizer, config=options)
+        from pydantic import ValidationError  # which comes with DeepSpeed
+
+        try:
+            made = deepspeed.initialize(model=setup.model, optimizer=optimizer, config=options)
+        except ValidationError as error:  # of a user's file: what the recipe makes is what DeepSpeed takes
+            place, said = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            raise UsageError(f"deepspeed.config: DeepSpeed refuses {place} of {error.title}: {said}") from error
+        self._engine, self._zero, *_ = made
         self.model = self._engine
         if config.stage == 3:
             self._gather_with_the_model(deepspeed, setup)

@@ -117,8 +117,11 @@ def _sources() -> dict[str, str]:
         "data_types.grad_accum_dtype": "engine=deepspeed, which sums gradients in float32",
         "bf16.enabled": "trainer.precision",
         "fp16.enabled": "trainer.precision",
+        "amp.enabled": "trainer.precision",
+        "torch_autocast.enabled": "trainer.precision",
         "zero_optimization.stage": "deepspeed.stage",
         "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+        "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
     }
 
 
@@ -148,6 +151,8 @@ def _merge(made: dict[str, Any], given: dict[str, Any], sources: dict[str, str],
                 raise UsageError(f"deepspeed.config: {file} gives {key} as an object, expected a value like {inside}")
             _merge(inside, value, sources, file, f"{key}.")
             continue
+        if any(known.startswith(f"{key}.") for known in sources) or isinstance(made.get(name), dict):
+            raise UsageError(f"deepspeed.config: {file} sets {key} = {json.dumps(value)}, expected an object of keys")
         wanted = made.get(name, _unset(key))
         if key in sources and value != wanted:
             raise UsageError(
@@ -164,4 +169,4 @@ def _merge(made: dict[str, Any], given: dict[str, Any], sources: dict[str, str],
 
 def _unset(key: str) -> Any:
     """What a key of the recipe means where it isn't written: no half precision, no offload."""
-    return "none" if key.endswith(".device") else False if key.endswith(".enabled") else None
+    return "none" if key.endswith(".device") else False if key.endswith((".enabled", "cpu_offload")) else None

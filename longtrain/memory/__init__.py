@@ -5,7 +5,16 @@
 """
 
 from longtrain.memory.config import MemoryConfig, check_memory, idle_offload, store_for
-from longtrain.memory.policies import Policy, layer_policies
+from longtrain.memory.policies import Policy, check_seen, layer_policies
 from longtrain.memory.recompute import run_block
 
-__all__ = ["MemoryConfig", "Policy", "check_memory", "idle_offload", "layer_policies", "run_block", "store_for"]
+__all__ = [
+    "MemoryConfig",
+    "Policy",
+    "check_memory",
+    "check_seen",
+    "idle_offload",
+    "layer_policies",
+    "run_block",
+    "store_for",
+]

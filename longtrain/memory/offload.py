@@ -119,6 +119,11 @@ class Store:
         self._leaving[-1].append(mark)
         return away
 
+    def settle(self) -> None:
+        """Let what is computed next wait for the copies of the layer under way: it writes to what is copied."""
+        for mark in self._leaving[-1]:
+            self._copies.wait(mark)
+
     def take(self, away: Away) -> Tensor:
         """The tensor on the device again, once; the layers before it are sent for."""
         if away.host is None and away.back is None:

@@ -78,10 +78,10 @@ def operators_named(name: str) -> list[Operator]:
     Raises:
         ValueError: there is none (the nearest is given), or keeping its results would not spare computing them.
     """
-    if name in DISTRIBUTED:
+    if isinstance(name, str) and name in DISTRIBUTED:
         return [DISTRIBUTED[name]]
     registered = {full.split(".")[0] for full in torch._C._dispatch_get_all_op_names()} if "::" in str(name) else set()
-    if name not in registered:
+    if not isinstance(name, str) or name not in registered:
         raise ValueError(
             f"no operator {name!r}{nearest(str(name), [*DISTRIBUTED, *sorted(registered)])}; there are "
             f"{', '.join(DISTRIBUTED)}, and torch's by full name, such as aten::mm"

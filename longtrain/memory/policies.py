@@ -12,10 +12,10 @@ Four policies, for all layers or by the name of a mixer:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from longtrain.errors import nearest
+from longtrain.errors import UsageError, nearest
 from longtrain.layers.pattern import DEFAULT
 from longtrain.memory.operators import DISTRIBUTED, Operator, operators_named
 
@@ -29,6 +29,8 @@ class Policy:
 
     recompute: bool
     kept: tuple[Operator, ...] = ()
+    named: str = ""  # the recipe's key, where `kept` is its list of operators
+    seen: set[str] = field(default_factory=set, compare=False)  # names of those that ran in a forward pass
 
 
 def layer_policies(recompute: Any, layers: Sequence[str]) -> list[Policy]:
@@ -74,4 +76,19 @@ def _policy(key: str, value: Any) -> Policy:
         found = [operator for name in value for operator in operators_named(name)]
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    return Policy(recompute=True, kept=tuple(found))
+    return Policy(recompute=True, kept=tuple(found), named=key)
+
+
+def check_seen(policies: Sequence[Policy]) -> None:
+    """Refuse, after a forward pass, operators of a list that no layer has run: keeping them keeps nothing.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for key in dict.fromkeys(policy.named for policy in policies if policy.named):
+        alike = [policy for policy in policies if policy.named == key]
+        seen = set[str]().union(*(policy.seen for policy in alike))
+        for operator in alike[0].kept:
+            if operator.name not in seen:
+                others = f"without it ({', '.join(sorted(seen))}) it would work" if seen else "full keeps none too"
+                raise UsageError(f"{key}: got {operator.name}, which no layer under it runs; {others}")

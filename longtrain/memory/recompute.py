@@ -7,7 +7,7 @@ operator gets its place in the graph as usual, and its backward finds its inputs
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from longtrain.memory.offload import Away, Store
@@ -37,17 +37,17 @@ def run_block(
         return block(x, *rest)
     kept = (*policy.kept, LAST) if tiled else policy.kept
     away = store if store is not None and store.kept else None
-    contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept, away)} if kept else {}
+    contexts: dict[str, Any] = {"context_fn": lambda: _record_and_replay(kept, away, policy.seen)} if kept else {}
     with nullcontext() if store is None else store.next_layer():
         # Inside, torch's checkpoint saves its tensor arguments first and then has hooks of its own for the block.
         result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
     return cast(Result, result)
 
 
-def _record_and_replay(kept: Sequence[Operator], store: Store | None) -> "tuple[_Record, _Replay]":
+def _record_and_replay(kept: Sequence[Operator], store: Store | None, seen: set[str]) -> "tuple[_Record, _Replay]":
     operators = {operator.overload: operator for operator in kept}
     results: dict[OpOverload, deque[Results]] = defaultdict(deque)
-    return _Record(operators, results, store), _Replay(operators, results, store)
+    return _Record(operators, results, store, seen=seen), _Replay(operators, results, store)
 
 
 class _Recorded(TorchDispatchMode):
@@ -64,13 +64,44 @@ class _Recorded(TorchDispatchMode):
 
 
 class _Record(_Recorded):
+    def __init__(self, *args: Any, seen: set[str]) -> None:
+        super().__init__(*args)
+        self._seen = seen
+        # By storage: where what shares it is kept, a queue and a place in it.
+        self._shared: dict[int, list[tuple[deque[Results], int]]] = defaultdict(list)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._shared and func._schema.is_mutable:
+            self._spare(_written(func, args, kwargs))
+        results = func(*args, **kwargs)
         if (operator := self._operators.get(func)) is not None:
             # Aliases: autograd makes the graph's nodes owners of the results themselves.
             put = Tensor.detach if self._store is None else self._store.put
-            self._results[func].append(tree_map_only(Tensor, put, operator.keep(results)))
+            self._seen.add(operator.name)
+            queue, kept = self._results[func], operator.keep(results)
+            for x in tree_leaves(kept):
+                if isinstance(x, Tensor):
+                    self._shared[x.untyped_storage()._cdata].append((queue, len(queue)))
+            queue.append(tree_map_only(Tensor, put, kept))
         return results
+
+    def _spare(self, written: Iterator[Tensor]) -> None:
+        """Before the block writes to what is kept: copies of it, for the second run wants it as it was."""
+        for x in written:
+            for queue, place in self._shared.pop(x.untyped_storage()._cdata, ()):
+                if self._store is None:
+                    queue[place] = tree_map_only(Tensor, Tensor.clone, queue[place])
+                else:
+                    self._store.settle()
+
+
+def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call writes to."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (x for x in tree_leaves(given) if isinstance(x, Tensor))
 
 
 class _Replay(_Recorded):

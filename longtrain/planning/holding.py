@@ -16,13 +16,14 @@ Add = Callable[[str, float], None]
 
 def states(shape: Shape) -> float:
     """Bytes of optimizer state for each weight."""
-    name = shape.recipe.optimizer.name
-    if name == "sgd":
+    optimizer = shape.recipe.optimizer
+    adam = 8.0 if optimizer.adam == "fused" else 2.0 * (1 + 4 / 256)  # 8 bits, and a scale for each 256 weights
+    if optimizer.name == "sgd":
         return 0.0
-    if name == "muon":
+    if optimizer.name == "muon":
         inside = sum(shape.block_weights)
-        return (4 * inside + 8 * shape.outer_weights) / shape.weights
-    return 8.0
+        return (4 * inside + adam * shape.outer_weights) / shape.weights
+    return adam
 
 
 class Holding(ABC):
@@ -96,12 +97,20 @@ class FSDPHolding(Holding):
             add("weights", 4 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
         add("gathered weights", shape.size * self._outside)
+        if self._accumulates:
+            add("gradients", 4 * shape.weights * self.share * self._here)
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether all gradients are there from an earlier micro-batch on."""
+        return self.shape.recipe.trainer.accumulation > 1
 
     def block(self, index: int, add: Add) -> None:
         shape, done = self.shape, self.shape.block_weights[index + 1 :]
         if shape.recipe.memory.shard_blocks:
             add("gathered weights", shape.size * shape.block_weights[index])
-            add("gradients", 4 * sum(done) * self.share * self._here)
+            if not self._accumulates:
+                add("gradients", 4 * sum(done) * self.share * self._here)
             if shape.devices.count > 1 and index > 0:
                 add("gathered weights", shape.size * shape.block_weights[index - 1])
             if done:
@@ -120,7 +129,7 @@ class FSDPHolding(Holding):
             terms = [
                 ("gathered weights", -shape.size * outside),  # no longer needed
                 ("gathered weights", 4.0 * outside),
-                ("gradients", 4 * (shape.weights - outside) * self.share * self._here),
+                ("gradients", 4 * (shape.weights - outside) * self.share * self._here * (not self._accumulates)),
             ]
             last = ("gathered weights", 4 * outside * self.share)
             yield name, [*terms, ("working set", shape.size * outside) if name == "copied" else last]

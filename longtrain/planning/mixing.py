@@ -7,7 +7,7 @@ recipe, kept for the plans that follow, of other lengths too.
 
 import dataclasses
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -29,12 +29,22 @@ class Mixing(MixerHeld):
     held: float = 0.0  # keys and values that a ring held last, where nothing is recomputed; else among the results
 
 
+_NOTHING = Mixing(results=0, kept=0, input=0, working=0, ring=0, kept_results=0)
+
+
 def mixing(shape: "Shape") -> list[Mixing]:
     """Of each layer."""
-    keys = [_key(shape, index) for index in range(len(shape.layers))]
-    tried = [key for key in dict.fromkeys(keys) if key is not None]
-    found = dict(zip(tried, _tried(_asked(shape, [keys.index(key) for key in tried])), strict=True)) if tried else {}
+    keys = [None if _counted(layer) else _key(shape, index) for index, layer in enumerate(shape.layers)]
+    found = _found(shape, keys, blocks=False)
     return [_attention(shape, x) if key is None else found[key] for x, key in zip(shape.layers, keys, strict=True)]
+
+
+def blocks(shape: "Shape") -> list[Mixing]:
+    """Of each layer's whole block where a list of operators is kept of it, which may come from anywhere in it."""
+    policies = [shape.policy(index) for index in range(len(shape.layers))]
+    keys = [None if isinstance(x, str) else (_key(shape, n), tuple(x)) for n, x in enumerate(policies)]
+    found = _found(shape, keys, blocks=True)
+    return [_NOTHING if key is None else found[key] for key in keys]
 
 
 # ---- counted --------------------------------------------------------------------------------------------------------
@@ -84,20 +94,29 @@ def _ring(shape: "Shape", layer: Layer) -> float:
 # ---- tried ----------------------------------------------------------------------------------------------------------
 
 
-def _key(shape: "Shape", index: int) -> Hashable | None:
-    """What tells a layer's mixer from those that hold something else; None for attention.
+def _found(shape: "Shape", keys: Sequence[Hashable], *, blocks: bool) -> dict[Hashable, Mixing]:
+    """What each of the keys, one for each layer, stands for; None for what is not asked."""
+    tried = [key for key in dict.fromkeys(keys) if key is not None]
+    if not tried:
+        return {}
+    return dict(zip(tried, _tried(_asked(shape, [keys.index(key) for key in tried], blocks=blocks)), strict=True))
+
+
+def _key(shape: "Shape", index: int) -> Hashable:
+    """What tells a layer's mixer from those that hold something else.
 
     Layers of one kind differ in constants, but for the first, which may have more to do.
     """
     layer = shape.layers[index]
     takes = layer.mixer.takes_shared(layer.options)
     before = shape.layers[index - 1].name if takes else None
-    return None if _counted(layer) else (layer.name, index == 0, before)
+    return layer.name, index == 0, before
 
 
-def _asked(shape: "Shape", indices: list[int]) -> str:
-    mixers = []
-    for layer, before in ((shape.layers[index], shape.layers[index - 1]) for index in indices):
+def _asked(shape: "Shape", indices: list[int], *, blocks: bool) -> str:
+    mixers, recipe = [], shape.recipe
+    for index in indices:
+        layer, before = shape.layers[index], shape.layers[index - 1]
         takes = layer.mixer.takes_shared(layer.options)
         mixers.append(
             {
@@ -105,14 +124,22 @@ def _asked(shape: "Shape", indices: list[int]) -> str:
                 "options": dataclasses.asdict(layer.options),
                 "place": dataclasses.asdict(layer.place),
                 "before": [before.mixer.name, dataclasses.asdict(before.options)] if takes else None,
+                "block": {
+                    "hidden": recipe.model.hidden,
+                    "tile": recipe.memory.tile,
+                    "recompute": list(shape.policy(index)),
+                }
+                if blocks
+                else None,
             }
         )
     asked = {
-        "world": min(shape.degrees[1], 2),  # more ranks hold more summaries of runs, which are small
+        # More ranks hold more summaries of runs, which are small. Blocks' may be rings, whose keys travel from 3 on.
+        "world": min(shape.degrees[1], 4 if blocks else 2),
         "architecture": shape.devices.device.architecture,
         "dtype": "bfloat16" if shape.size == 2 else "float32",
         # Both keep long runs, and mixers hold the same on them.
-        "layout": shape.recipe.parallel.layout.replace("contiguous", "zigzag"),
+        "layout": recipe.parallel.layout.replace("contiguous", "zigzag"),
         "mixers": mixers,
     }
     return json.dumps(asked, sort_keys=True)

@@ -67,7 +67,7 @@ def times(shape: Shape) -> Times:
         token_bytes += micro * cost.sent * (1 + repeated / 3.5)
     gathers = 1 + (1 if recipe.memory.shard_blocks else 0)  # in forward, and again in backward
     share = (world - 1) / world
-    weight_bytes = share * shape.weights * (gathers * shape.size * micro + 4)
+    weight_bytes = share * shape.weights * (gathers * shape.size + 4) * micro
     across = 0.0 if shape.devices.nodes == 1 else weight_bytes / device.node
     outer_tokens = token_bytes if shape.degrees[1] > device.node else 0.0
     memory = own_tokens * len(shape.layers) * recipe.model.width * _TRAFFIC * shape.size / 2

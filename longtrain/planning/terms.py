@@ -57,8 +57,13 @@ def memory(shape: Shape) -> Memory:
 def _moments(shape: Shape) -> Iterator[_Moment]:
     count = len(shape.layers)
     for index in range(count):
-        # Between the last and the first every term grows or falls evenly, unless layers differ.
-        if index in (0, count - 2, count - 1) or shape.layers[index].name != shape.layers[index - 1].name:
+        # Between the last and the first every term grows or falls evenly, unless layers differ. Where inputs are
+        # offloaded that begins above the lowest layers, below which none are on the device.
+        first, last = index <= _near(shape), index >= count - 2
+        if first or last or shape.layers[index].name != shape.layers[index - 1].name:
+            if policies(shape)[index] == "list":
+                yield _tried_backward(shape, index)
+                continue
             yield _attention_backward(shape, index)
             if getattr(shape.recipe.memory, "tile", None) is None:  # a tile of an MLP holds next to nothing
                 yield _mlp_backward(shape, index)
@@ -78,7 +83,10 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
         if not input_away or near:
             ahead = input_away and index < layers - 1
             moment.add("working set" if ahead else "layer inputs", tokens * size * width)
-        if policy != "full" and (not results_away or near):
+        if policy == "list" and (not results_away or near):
+            moment.add("working set" if results_away else "kept attention", tokens * shape.blocks[index].results)
+            moment.add("working set", tokens * shape.blocks[index].kept)
+        elif policy in ("none", "attention") and (not results_away or near):
             moment.add("working set" if results_away else "kept attention", tokens * mixer.results)
         if policy == "none":
             moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
@@ -119,6 +127,18 @@ def _attention_backward(shape: Shape, index: int) -> _Moment:
     return moment
 
 
+def _tried_backward(shape: Shape, index: int) -> _Moment:
+    """The fullest moment of a block of which a list of operators is kept, taken for that of its mixer."""
+    name, model, block = f"layer {index + 1} of {len(shape.layers)}", shape.recipe.model, shape.blocks[index]
+    moment = _start(shape, f"{name}, backward", layers=index + 1)
+    holding(shape).block(index, moment.add)
+    moment.add("working set", shape.tokens * (block.working - block.kept))
+    moment.add("kept attention", shape.tokens * (block.kept_results - block.results))
+    moment.add("ring buffers", shape.tokens * block.ring)
+    moment.add("working set", holding(shape).waiting(3 * model.width * model.hidden + shape.out_weights[index]))
+    return moment
+
+
 def _loss(shape: Shape) -> _Moment:
     moment, model = _start(shape, "loss, backward", layers=len(shape.layers)), shape.recipe.model
     tokens, vocabulary = shape.tokens, shape.vocabulary
@@ -142,7 +162,7 @@ def _end_of_backward(shape: Shape) -> Iterator[_Moment]:
 def _away(shape: Shape, policy: str) -> tuple[bool, bool]:
     """Whether a layer's input, and the results that it keeps, lie on the host between forward and backward."""
     offload = shape.recipe.memory.offload if shape.devices.device.architecture is not None else "none"
-    return offload != "none" and policy != "none", offload == "attention" and policy == "attention"
+    return offload != "none" and policy != "none", offload == "attention" and policy in ("attention", "list")
 
 
 def _near(shape: Shape) -> int:
@@ -154,9 +174,10 @@ def _activations_away(shape: Shape) -> float:
     """Bytes on the host when forward has ended."""
     each = shape.tokens * shape.size * shape.recipe.model.width
     total = 0.0
-    for mixer, policy in zip(shape.mixers, policies(shape), strict=True):
+    for mixer, block, policy in zip(shape.mixers, shape.blocks, policies(shape), strict=True):
         inputs, results = _away(shape, policy)
-        total += each * inputs + shape.tokens * mixer.results * results
+        kept = block.results + block.kept if policy == "list" else mixer.results
+        total += each * inputs + shape.tokens * kept * results
     return total
 
 

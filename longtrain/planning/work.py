@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
-from longtrain.planning.mixing import Mixing, mixing
+from longtrain.planning.mixing import Mixing, blocks, mixing
 from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
 LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
@@ -92,6 +93,16 @@ class Shape:
         return [layer.mixer.count_out(layer.options, layer.place) for layer in self.layers]
 
     # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def policy(self, index: int) -> Any:
+        """What the recipe's ``memory.recompute`` says of a layer."""
+        given: Any = self.recipe.memory.recompute
+        return given.get(self.layers[index].name, given.get("default", "none")) if isinstance(given, dict) else given
+
+    @cached_property
+    def blocks(self) -> list[Mixing]:
+        """What each layer's block holds for each token where its policy is a list of operators; 0 of all others."""
+        return blocks(self)
 
     @cached_property
     def mixers(self) -> list[Mixing]:

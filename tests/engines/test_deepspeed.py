@@ -200,6 +200,10 @@ def test_a_file_of_the_users_is_merged_in(tmp_path: Path) -> None:
     [
         ({"gradient_clipping": 0.5}, ("gradient_clipping = 0.5", "trainer.clip makes it 1.0")),
         ({"bf16": {"enabled": True}}, ("bf16.enabled = true", "trainer.precision")),
+        ({"torch_autocast": {"enabled": True}}, ("torch_autocast.enabled = true", "trainer.precision makes it false")),
+        ({"zero_optimization": {"cpu_offload": True}}, ("cpu_offload = true", "deepspeed.offload_optimizer")),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, ('offload_optimizer = "cpu", expected an object',)),
+        ({"zero_optimization": 3}, ("zero_optimization = 3, expected an object",)),
         ({"zero_optimization": {"stage": 3}}, ("zero_optimization.stage = 3", "deepspeed.stage makes it 2")),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},

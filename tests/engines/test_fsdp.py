@@ -23,18 +23,21 @@ def test_copies_of_the_weights_change_no_loss(world: int, replicas: int, data: i
     assert_same_losses(world, spread, "trainer.sequences=4", "data.length=128")
 
 
-def placements(rank: int, world: int) -> tuple[tuple, list[int], list[float]]:
+def small_engine(world: int, replicas: int) -> FSDPEngine:
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 8, bias=False)
     setup = Setup(
-        model=model,
+        model=torch.nn.Linear(3, 8, bias=False),
         blocks=(),
         mesh=build_mesh("cpu", data=1, sequence=world),
         precision="float32",
         optimizer=OptimizerConfig(name="sgd", learning_rate=1.0, weight_decay=0.0),
         clip=float("inf"),
     )
-    engine = FSDPEngine(setup, FSDPConfig(replicas=2))
+    return FSDPEngine(setup, FSDPConfig(replicas=replicas))
+
+
+def placements(rank: int, world: int) -> tuple[tuple, list[int], list[float]]:
+    engine = small_engine(world, replicas=2)
     weight = engine.tensors()["model.weight"]
     assert isinstance(weight, DTensor)
     before = weight.full_tensor().detach()
@@ -49,6 +52,28 @@ def test_consecutive_ranks_share_a_copy_and_gradients_are_sums_over_all() -> Non
     for found, shape, (step, norm) in run_distributed(4, placements):
         assert found == (Replicate(), Shard(0)) and shape == [4, 3]
         np.testing.assert_allclose([step, norm], [6.0, 6.0 * 24**0.5], rtol=1e-6)  # 0 + 1 + 2 + 3
+
+
+def accumulated(rank: int, world: int, replicas: int) -> tuple[list[int] | None, float]:
+    """The shape of this rank's gradients after the first of two micro-batches, and the step after both."""
+    engine, target = small_engine(world, replicas), torch.tensor(1.0, dtype=torch.float64)
+    weight = engine.tensors()["model.weight"]
+    assert isinstance(weight, DTensor)
+    before, shape = weight.full_tensor().detach(), None
+    for value, last in ((rank, False), (10 * rank, True)):
+        engine.begin(last=last)
+        engine.backward(engine.model(torch.full((1, 3), float(value))).sum(), target)
+        if not last and isinstance(weight.grad, DTensor):
+            shape = list(weight.grad.to_local().shape)
+    engine.step(1.0)
+    return shape, float((before - weight.full_tensor().detach())[0, 0])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_gradients_of_every_micro_batch_are_cut_at_once(replicas: int) -> None:
+    for shape, step in run_distributed(4, accumulated, replicas):
+        assert step == pytest.approx(66.0)  # 0 + 1 + 2 + 3, once and ten times
+        assert shape == ([2, 3] if replicas == 1 else None)  # over replicas they wait, cut, for the last one's
 
 
 def eight_bits(rank: int, world: int) -> tuple[bool, float, float]:

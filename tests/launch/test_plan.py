@@ -3,6 +3,7 @@
 import pytest
 
 from longtrain.cli import main
+from longtrain.errors import UsageError
 from longtrain.planning import devices_named, plan
 
 
@@ -33,15 +34,34 @@ def test_longest_and_search(capsys: pytest.CaptureFixture[str]):
     assert "not even 1,024 tokens" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_deepspeed_says_what_it_cannot_tell(capsys: pytest.CaptureFixture[str]):
+    words = ["quickstart", "--devices", "2xh200", "engine=deepspeed", "layers.pattern=softmax", "data.length=65536"]
+    assert main(["plan", *words, "memory.recompute=full", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.split("dry run  ")[1].splitlines()
+    rows = {line[:20].strip(): line[20:].split() for line in lines[1:11]}
+    assert rows["weights"][1] == rows["total"][1] == "-"
+    planned, held = map(float, rows["layer inputs"])
+    assert held == pytest.approx(planned, rel=0.05) and held > 0.01
+
+
+def test_the_longest_sequence_can_be_dry_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def refuse(recipe: str, overrides: list[str], **others: object) -> None:
+        asked.extend(overrides)
+        raise UsageError("seen")
+
+    monkeypatch.setattr("longtrain.launch.plan.dry_run", refuse)
+    assert main(["plan", "llama_8b_1m", "--devices", "8xh200", "--longest", "--dry-run"]) == 2
+    assert "data.length=1048576" not in asked and any(word.startswith("data.length=") for word in asked)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--devices", "8xh20"], "longtrain: --devices: no 'h20' (nearest: 'h200')"),
         (["--devices", "h200", "--longest", "--search"], "longtrain: --longest: got it with --search"),
-        (
-            ["--devices", "h200", "--dry-run", "engine=deepspeed"],
-            "longtrain: engine: got 'deepspeed', dry runs know 'fsdp'",
-        ),
+        (["--devices", "h200", "--dry-run", "--search"], "longtrain: --dry-run: got it with --search"),
         (["--devices", "h200", "model.vocabulary=100"], "longtrain: model.vocabulary: got 100, the data has 257"),
     ],
 )

@@ -9,35 +9,10 @@ from torch import Tensor
 from longtrain.errors import UsageError
 from longtrain.memory import MemoryConfig, check_memory, idle_offload, offload
 from longtrain.parallel import SequenceShard
-from tests.memory.models import BOUNDS, model_of, passes, with_policy
+from tests.memory.models import BOUNDS, Recorded, model_of, passes, with_policy
 
 PATTERN = ("softmax", "gla", "softmax", "mamba2", "softmax")
 CPU = torch.device("cpu")
-
-
-class Recorded:
-    """Copies on the CPU in the place of those to an accelerator's host, and the order of all that happens."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
-        self._numbers: dict[int, int] = {}
-        self.hosts: list[Tensor] = []
-
-    def out(self, x: Tensor) -> tuple[Tensor, Any]:
-        host = x.clone()
-        self.hosts.append(host)
-        return host, self._happened("out", host)
-
-    def back(self, host: Tensor) -> tuple[Tensor, Any]:
-        return host.clone(), self._happened("back", host)
-
-    def wait(self, mark: Any) -> None:
-        self.events.append(("wait " + mark[0], mark[1]))
-
-    def _happened(self, what: str, host: Tensor) -> tuple[str, int]:
-        number = next(n for n, other in enumerate(self.hosts) if other is host)
-        self.events.append((what, number))
-        return what, number
 
 
 @pytest.fixture

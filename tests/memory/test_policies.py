@@ -50,6 +50,7 @@ def test_a_mapping_says_it_for_each_mixer() -> None:
         (["atention"], ("memory.recompute: no operator 'atention'", "nearest: 'attention'", "delta_rule")),
         (["aten::mmm"], ("memory.recompute: no operator 'aten::mmm'", "nearest: 'aten::mm'")),
         ([3], ("memory.recompute: no operator 3",)),
+        ([["attention"]], ("memory.recompute: no operator ['attention']",)),
         (["aten::view"], ("memory.recompute: operator 'aten::view'", "views")),
         (["aten::add_"], ("memory.recompute: operator 'aten::add_'", "writes")),
         ({}, ("memory.recompute: got an empty mapping", "{gla: attention}")),

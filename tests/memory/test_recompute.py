@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from longtrain.errors import UsageError
 from longtrain.layers.mixers import MIXERS
 from longtrain.layers.mixers.base import StatefulMixer
-from longtrain.memory import MemoryConfig
+from longtrain.memory import MemoryConfig, layer_policies, run_block
+from longtrain.memory.offload import Store
 from longtrain.memory.operators import DISTRIBUTED
-from longtrain.parallel import SequenceShard
+from longtrain.parallel import SequenceShard, sequence_parallel_linear_attention
 from tests.cover import cover, pytest_generate_tests  # noqa: F401 (pytest finds the hook by its name)
 from tests.distributed import run_distributed
-from tests.memory.models import BOUNDS, model_of, passes, with_policy
+from tests.memory.models import BOUNDS, Recorded, model_of, passes, with_policy
 from tests.parallel.comparing import world_group
 
 # Those that run no ring, whose backward goes on from what forward held last, which recompute does not keep.
@@ -83,3 +85,55 @@ def test_without_gradients_nothing_is_recorded() -> None:
     plain = model_of(MemoryConfig(), pattern=("softmax", "gla"))
     with torch.no_grad():
         assert torch.equal(model(tokens, shard), plain(tokens, shard))  # type: ignore[arg-type]
+
+
+class _Overwriting(torch.nn.Module):
+    """A block that writes to what is kept: to a scan's output, and to a product through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = torch.nn.Linear(8, 24, bias=False)
+
+    def forward(self, x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (6, 4)).split(2, dim=2)
+        y, _ = sequence_parallel_linear_attention(q, k, v, None, shard, scale=1.0)
+        y.mul_(v.sigmoid())
+        product = torch.mm(y.flatten(0, 1).flatten(1), self.qkv.weight[:8])
+        product[:, 2:5] += 3.0
+        return x + product.cos()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_a_block_writes_to_is_kept_as_it_was(stored: bool) -> None:
+    block, shard, found = _Overwriting(), SequenceShard(9), []
+    x, dy = torch.randn(1, 9, 8), torch.randn(1, 9, 8)
+    for kept in (None, ["aten::mm", "linear_attention"]):
+        policy = layer_policies("none" if kept is None else kept, ["lightning"])[0]
+        copies = Recorded()
+        store = Store(copies, in_flight=1, kept=True) if stored else None
+        y = run_block(block, x, shard, policy=policy, store=store)
+        if stored and kept:
+            # The copies are made before what they are made of changes.
+            assert [event for event, _ in copies.events].count("wait out") >= 2
+        found.append((y, *torch.autograd.grad(y, list(block.parameters()), dy)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_operators_of_torch_whose_results_are_written_to_can_be_kept() -> None:
+    """`rms_norm` as torch decomposes it adds eps to a mean in place."""
+    shard = SequenceShard(BOUNDS[-1], cu_seqlens=BOUNDS)
+    truth, _ = passes(model_of(MemoryConfig(), pattern=("mamba2",)), shard)
+    found, _ = passes(model_of(with_policy(["aten::mean"]), pattern=("mamba2",)), shard)
+    assert all(torch.equal(found[name], wanted) for name, wanted in truth.items())
+
+
+def test_operators_that_no_layer_runs_are_refused() -> None:
+    shard = SequenceShard(5)
+    passes(model_of(with_policy(["attention", "linear_attention"]), pattern=("softmax", "gla")), shard)
+    with pytest.raises(
+        UsageError, match=r"memory.recompute: got delta_rule, .* runs; without it \(attention\) it would"
+    ):
+        passes(model_of(with_policy(["attention", "delta_rule"]), pattern=("softmax", "gla")), shard)
+    with pytest.raises(UsageError, match=r"memory.recompute.gla: got attention, .* runs; full keeps none too"):
+        passes(model_of(with_policy({"softmax": "full", "gla": ["attention"]}), pattern=("softmax", "gla")), shard)

@@ -77,6 +77,13 @@ MUTATIONS = (
         (RESUMES,),
     ),
     Mutation(
+        "gradients-whole-until-the-last-micro-batch",
+        "longtrain/engines/fsdp.py",
+        "self._sharded.set_requires_all_reduce(last)",
+        "self._sharded.set_requires_gradient_sync(last)",
+        ("tests/engines/test_fsdp.py::test_gradients_of_every_micro_batch_are_cut_at_once[1]",),
+    ),
+    Mutation(
         "contradictions-taken",
         CONFIG,
         "if key in sources and value != wanted:",

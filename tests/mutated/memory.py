@@ -89,6 +89,30 @@ MUTATIONS = (
         "halo-not-held", "parallel/conv1d.py", "keep=gradients and not torch.", "keep=False and torch.", (CONVOLUTION,)
     ),  # fmt: skip
     Mutation(
+        "kept-results-written-to",
+        RUNS,
+        "if self._shared and func._schema.is_mutable:",
+        "if False:",
+        (
+            RECOMPUTE + "test_what_a_block_writes_to_is_kept_as_it_was[False]",
+            RECOMPUTE + "test_operators_of_torch_whose_results_are_written_to_can_be_kept",
+        ),
+    ),
+    Mutation(
+        "copies-not-waited-for-before-writing",
+        RUNS,
+        "self._store.settle()",
+        "pass",
+        (RECOMPUTE + "test_what_a_block_writes_to_is_kept_as_it_was[True]",),
+    ),
+    Mutation(
+        "operators-nobody-runs-taken",
+        READS,
+        "if operator.name not in seen:",
+        "if False:",
+        (RECOMPUTE + "test_operators_that_no_layer_runs_are_refused",),
+    ),
+    Mutation(
         "default-policy-ignored",
         READS,
         "policies.get(DEFAULT, Policy(recompute=False))",

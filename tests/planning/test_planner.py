@@ -73,9 +73,10 @@ def test_a_mixers_bytes_are_tried_where_they_are_not_counted():
     assert mixers[1] == mixers[2] == mixers[4]
 
 
-def test_every_mixer_can_be_tried():
-    names = ",".join(MIXERS)
-    overrides = [f"layers.pattern=[{names}]", f"model.depth={len(MIXERS)}", "layers.mixers={}", "data.length=131072"]
+@pytest.mark.parametrize("names", [("gsa", "chela", "natsl"), pytest.param(tuple(MIXERS), marks=pytest.mark.full)])
+def test_mixers_can_be_tried(names: tuple[str, ...]):
+    pattern = f"layers.pattern=[{','.join(names)}]"
+    overrides = [pattern, f"model.depth={len(names)}", "layers.mixers={}", "data.length=131072"]
     planned = plan("quickstart", overrides, devices_named("2xh200"))
     for layer, mixer in zip(planned.shape.layers, planned.shape.mixers, strict=True):
         least = planned.shape.size * layer.place.width  # as wide as the model
@@ -217,3 +218,27 @@ def test_the_search_proposes_what_fits_fastest_first():
     assert len({change.overrides for change in found}) == len(found)
     with pytest.raises(UsageError, match="memory.recompute"):
         plan("llama_8b_128k", ["memory.recompute=fill"], devices_named("h200"))
+
+
+def test_lists_of_operators_are_tried_with_the_whole_block():
+    words = ["model.depth=2", "data.length=65536"]
+    one = plan("llama_8b_128k", [*words, "memory.recompute=[attention]"], devices_named("2xh200")).shape
+    both = plan("llama_8b_128k", [*words, "memory.recompute=[attention,aten::mm]"], devices_named("2xh200")).shape
+    width, inner = 4096, 14336
+    assert one.blocks[0].results == one.mixers[0].results and one.blocks[0].kept <= 8
+    assert both.blocks[0].results == one.blocks[0].results
+    # In bfloat16: q, k and v, the projection out of attention, gate and up, and the projection out of the MLP.
+    assert both.blocks[0].kept == pytest.approx(2 * (width + 2 * 1024 + width + 2 * inner + width), rel=0.01)
+    nothing = plan("llama_8b_128k", [*words, "memory.recompute=[conv1d]"], devices_named("2xh200"))
+    full = plan("llama_8b_128k", [*words, "memory.recompute=full"], devices_named("2xh200"))
+    assert nothing.memory.total == pytest.approx(full.memory.total, rel=0.03)
+    assert nothing.times.mixing == full.times.mixing
+
+
+def test_adam_of_8_bits_takes_a_quarter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # torchao, which a plan has no need of
+    whole, eight = (
+        plan("llama_8b_128k", [f"optimizer.adam={adam}"], devices_named("8xh200")).memory.terms["optimizer"]
+        for adam in ("fused", "8bit")
+    )
+    assert eight == pytest.approx(whole / 4, rel=0.02)
