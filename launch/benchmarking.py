@@ -1,5 +1,6 @@
 """What the launchers of benchmarks share: options, agreement before any number, turns, and markdown."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,12 +103,13 @@ def listed(numbers: Mapping[str, float]) -> str:
 
 
 def machine_rows(device: str) -> list[list[str]]:
-    """Rows of a table of settings: the hardware and software that this runs on."""
+    """Rows of a table of settings: the day, and the hardware and software that this runs on."""
     from longtrain.run_folder import environment
 
     machine = environment()
     hardware = f"{machine['cpu']}, {cores()} cores" if device == "cpu" else ", ".join(machine["accelerators"])
     return [
+        ["date", datetime.date.today().isoformat()],
         ["hardware", f"{hardware}, {machine['memory_bytes'] / 2**30:.0f} GiB of host memory"],
         ["software", f"Python {machine['python']}, torch {machine['torch']}, longtrain {machine['longtrain']}"],
     ]
