@@ -10,14 +10,11 @@ import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
 from longtrain.layers.pattern import Layer
-
-if TYPE_CHECKING:
-    from longtrain.planning.work import Shape
+from longtrain.planning.sizes import Sizes
 
 SECONDS = 600.0  # for the mixers of a recipe; they take about ten
 
@@ -32,18 +29,18 @@ class Mixing(MixerHeld):
 _NOTHING = Mixing(results=0, kept=0, input=0, working=0, ring=0, kept_results=0)
 
 
-def mixing(shape: "Shape") -> list[Mixing]:
+def mixing(sizes: Sizes) -> list[Mixing]:
     """Of each layer."""
-    keys = [None if _counted(layer) else _key(shape, index) for index, layer in enumerate(shape.layers)]
-    found = _found(shape, keys, blocks=False)
-    return [_attention(shape, x) if key is None else found[key] for x, key in zip(shape.layers, keys, strict=True)]
+    keys = [None if _counted(layer) else _key(sizes, index) for index, layer in enumerate(sizes.layers)]
+    found = _found(sizes, keys, blocks=False)
+    return [_attention(sizes, x) if key is None else found[key] for x, key in zip(sizes.layers, keys, strict=True)]
 
 
-def blocks(shape: "Shape") -> list[Mixing]:
+def blocks(sizes: Sizes) -> list[Mixing]:
     """Of each layer's whole block where a list of operators is kept of it, which may come from anywhere in it."""
-    policies = [shape.policy(index) for index in range(len(shape.layers))]
-    keys = [None if isinstance(x, str) else (_key(shape, n), tuple(x)) for n, x in enumerate(policies)]
-    found = _found(shape, keys, blocks=True)
+    policies = [sizes.policy(index) for index in range(len(sizes.layers))]
+    keys = [None if isinstance(x, str) else (_key(sizes, n), tuple(x)) for n, x in enumerate(policies)]
+    found = _found(sizes, keys, blocks=True)
     return [_NOTHING if key is None else found[key] for key in keys]
 
 
@@ -55,24 +52,24 @@ def _counted(layer: Layer) -> bool:
     return layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
 
 
-def _attention(shape: "Shape", layer: Layer) -> Mixing:
+def _attention(sizes: Sizes, layer: Layer) -> Mixing:
     """Exact: q and out, k and v, and k before it was turned."""
-    options, size = layer.options, shape.size
+    options, size = layer.options, sizes.size
     width = options.key_width(layer.place.width)
     kept = size * width * (2 * options.heads + 3 * options.groups)
     results = size * options.heads * width + 4 * options.heads  # out and lse
     return Mixing(
         results=results,
-        held=0.0 if shape.degrees[1] == 1 else 2.0 * size * options.groups * width,
+        held=0.0 if sizes.degrees[1] == 1 else 2.0 * size * options.groups * width,
         kept=kept,
         input=size * layer.place.width,
         working=kept + size * options.heads * width,  # dout
-        ring=_ring(shape, layer),
+        ring=_ring(sizes, layer),
         kept_results=results,
     )
 
 
-def _ring(shape: "Shape", layer: Layer) -> float:
+def _ring(sizes: Sizes, layer: Layer) -> float:
     """What attention over ranks holds inside its backward: float32 running gradients, and what travels."""
     options = layer.options
     width = options.key_width(layer.place.width)
@@ -80,43 +77,43 @@ def _ring(shape: "Shape", layer: Layer) -> float:
     share = at_once / options.groups
     queries, grouped = options.heads * width * share, at_once * width
     own = 4.0 * (3 * queries + 2 * grouped)  # out, dout, dq; dk, dv
-    narrow = 0 if shape.size == 4 else shape.size
+    narrow = 0 if sizes.size == 4 else sizes.size
     results = narrow * (queries + 2 * grouped)
     kernels = narrow * (queries + grouped) + 8.0 * options.heads * share  # dout and v for them, delta and exponents
-    if shape.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
-        kernels += 2.0 * grouped * (2 * shape.size + 12)
+    if sizes.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
+        kernels += 2.0 * grouped * (2 * sizes.size + 12)
     if share == 1:
         return own + max(results, kernels)
     # Copies of the group's keys and values; the results of all groups, whole from the start.
-    return own + kernels + narrow * 2 * grouped + (shape.size * (queries + 2 * grouped)) / share
+    return own + kernels + narrow * 2 * grouped + (sizes.size * (queries + 2 * grouped)) / share
 
 
 # ---- tried ----------------------------------------------------------------------------------------------------------
 
 
-def _found(shape: "Shape", keys: Sequence[Hashable], *, blocks: bool) -> dict[Hashable, Mixing]:
+def _found(sizes: Sizes, keys: Sequence[Hashable], *, blocks: bool) -> dict[Hashable, Mixing]:
     """What each of the keys, one for each layer, stands for; None for what is not asked."""
     tried = [key for key in dict.fromkeys(keys) if key is not None]
     if not tried:
         return {}
-    return dict(zip(tried, _tried(_asked(shape, [keys.index(key) for key in tried], blocks=blocks)), strict=True))
+    return dict(zip(tried, _tried(_asked(sizes, [keys.index(key) for key in tried], blocks=blocks)), strict=True))
 
 
-def _key(shape: "Shape", index: int) -> Hashable:
+def _key(sizes: Sizes, index: int) -> Hashable:
     """What tells a layer's mixer from those that hold something else.
 
     Layers of one kind differ in constants, but for the first, which may have more to do.
     """
-    layer = shape.layers[index]
+    layer = sizes.layers[index]
     takes = layer.mixer.takes_shared(layer.options)
-    before = shape.layers[index - 1].name if takes else None
+    before = sizes.layers[index - 1].name if takes else None
     return layer.name, index == 0, before
 
 
-def _asked(shape: "Shape", indices: list[int], *, blocks: bool) -> str:
-    mixers, recipe = [], shape.recipe
+def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
+    mixers, recipe = [], sizes.recipe
     for index in indices:
-        layer, before = shape.layers[index], shape.layers[index - 1]
+        layer, before = sizes.layers[index], sizes.layers[index - 1]
         takes = layer.mixer.takes_shared(layer.options)
         mixers.append(
             {
@@ -127,7 +124,7 @@ def _asked(shape: "Shape", indices: list[int], *, blocks: bool) -> str:
                 "block": {
                     "hidden": recipe.model.hidden,
                     "tile": recipe.memory.tile,
-                    "recompute": list(shape.policy(index)),
+                    "recompute": list(sizes.policy(index)),
                 }
                 if blocks
                 else None,
@@ -135,9 +132,9 @@ def _asked(shape: "Shape", indices: list[int], *, blocks: bool) -> str:
         )
     asked = {
         # More ranks hold more summaries of runs, which are small. Blocks' may be rings, whose keys travel from 3 on.
-        "world": min(shape.degrees[1], 4 if blocks else 2),
-        "architecture": shape.devices.device.architecture,
-        "dtype": "bfloat16" if shape.size == 2 else "float32",
+        "world": min(sizes.degrees[1], 4 if blocks else 2),
+        "architecture": sizes.devices.device.architecture,
+        "dtype": "bfloat16" if sizes.size == 2 else "float32",
         # Both keep long runs, and mixers hold the same on them.
         "layout": recipe.parallel.layout.replace("contiguous", "zigzag"),
         "mixers": mixers,

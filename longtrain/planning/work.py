@@ -1,49 +1,23 @@
 """What a step computes and sends: FLOPs with causality and documents counted exactly, bytes over each kind of link."""
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from longtrain.layers.pattern import Layer, with_strategy
+from longtrain.layers.pattern import Layer
 from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
 from longtrain.planning.mixing import Mixing, blocks, mixing
-from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
+from longtrain.planning.sizes import Sizes
+from longtrain.recipe import Recipe, degrees
 
 LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A recipe on so many devices: sizes that terms and times are made of."""
-
-    recipe: Recipe
-    devices: Devices
-    cu_seqlens: np.ndarray  # of a micro-batch
-
-    @cached_property
-    def degrees(self) -> tuple[int, int]:
-        """(data, sequence)."""
-        return degrees(self.recipe, self.devices.count)
-
-    @cached_property
-    def layers(self) -> list[Layer]:
-        recipe = self.recipe
-        layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
-        return recipe_layers(recipe, layers)
-
-    @cached_property
-    def vocabulary(self) -> int:
-        return model_vocabulary(self.recipe)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number that is computed with."""
-        return 2 if self.recipe.trainer.precision == "bfloat16" else 4
+class Shape(Sizes):
+    """A recipe on so many devices, with all that a step computes, holds and sends, worked out when it is asked for."""
 
     @property
     def packed(self) -> int:
@@ -93,11 +67,6 @@ class Shape:
         return [layer.mixer.count_out(layer.options, layer.place) for layer in self.layers]
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-
-    def policy(self, index: int) -> Any:
-        """What the recipe's ``memory.recompute`` says of a layer."""
-        given: Any = self.recipe.memory.recompute
-        return given.get(self.layers[index].name, given.get("default", "none")) if isinstance(given, dict) else given
 
     @cached_property
     def blocks(self) -> list[Mixing]:

@@ -1,0 +1,45 @@
+"""A recipe on so many devices: the numbers that plans start from."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from longtrain.layers.pattern import Layer, with_strategy
+from longtrain.planning.devices import Devices
+from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the recipe and the devices say, before anything is worked out; see `longtrain.planning.work.Shape`."""
+
+    recipe: Recipe
+    devices: Devices
+    cu_seqlens: np.ndarray  # of a micro-batch
+
+    @cached_property
+    def degrees(self) -> tuple[int, int]:
+        """(data, sequence)."""
+        return degrees(self.recipe, self.devices.count)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        recipe = self.recipe
+        layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
+        return recipe_layers(recipe, layers)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return model_vocabulary(self.recipe)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.recipe.trainer.precision == "bfloat16" else 4
+
+    def policy(self, index: int) -> Any:
+        """What the recipe's ``memory.recompute`` says of a layer."""
+        given: Any = self.recipe.memory.recompute
+        return given.get(self.layers[index].name, given.get("default", "none")) if isinstance(given, dict) else given
