@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtrain.errors import UsageError
+from longtrain.launch import scaling_longest
 from longtrain.launch.benchmark_training import LOSS_TOLERANCE, LOSS_TOLERANCE_BFLOAT16
 from longtrain.launch.benchmarking import Disagreement, Said, machine_rows, table
 from longtrain.launch.local import cores, run_ranks, train_command
@@ -22,6 +23,7 @@ from longtrain.launch.local import cores, run_ranks, train_command
 if TYPE_CHECKING:
     from longtrain.recipe import Recipe
 
+GIB = 2**30
 LINES = ("sequence, strong", "sequence, weak", "data, strong", "data, weak")
 
 
@@ -35,6 +37,7 @@ class Options:
     repeats: int
     steps: int
     warm_up: int
+    longest: float | None  # GiB of a device whose longest sequence is measured; None: only planned
     output: Path | None
 
 
@@ -68,7 +71,7 @@ class Planned:
 
     def __init__(self, chosen: Options, device: str) -> None:
         self._chosen = chosen
-        self._device, self.reason = _device_of_plans(device)
+        self.kind, self.reason = _device_of_plans(device)
 
     def beside(self, result: Result, point: Point) -> Result:
         """The result with its plan."""
@@ -80,7 +83,7 @@ class Planned:
             planned = plan(
                 self._chosen.recipe,
                 [*self._chosen.overrides, *point.keys],
-                devices_named(f"{point.devices}x{self._device}"),
+                devices_named(f"{point.devices}x{self.kind}"),
             )
         except UsageError as error:
             self.reason = str(error)
@@ -97,7 +100,7 @@ class Planned:
             keys = [f"parallel.sequence={count}", "parallel.data=1", "launch.launcher=local"]
             try:
                 one = longest(
-                    self._chosen.recipe, [*self._chosen.overrides, *keys], devices_named(f"{count}x{self._device}")
+                    self._chosen.recipe, [*self._chosen.overrides, *keys], devices_named(f"{count}x{self.kind}")
                 )
             except UsageError as error:
                 self.reason = str(error)
@@ -132,6 +135,7 @@ def options(
     repeats: int,
     steps: int,
     warm_up: int,
+    longest: float | None,
     output: Path | None,
 ) -> Options:
     """The options of the command line; a UsageError for what cannot work."""
@@ -141,9 +145,12 @@ def options(
     for name, value, least in (("repeats", repeats, 1), ("steps", steps, 1), ("warm-up", warm_up, 0)):
         if value < least:
             raise UsageError(f"--{name}: got {value}, expected {least} or more")
+    if longest is not None and not 0 < longest < math.inf:
+        raise UsageError(f"--longest: got {longest:g}, expected GiB above 0, such as 1.5")
     if output is not None and not output.is_dir():
         raise UsageError(f"--output: got {output}, expected a folder that exists, such as docs/benchmarks")
-    return Options(recipe, tuple(overrides), tuple(sorted(map(int, words))), repeats, steps, warm_up, output)
+    counts = tuple(sorted(map(int, words)))
+    return Options(recipe, tuple(overrides), counts, repeats, steps, warm_up, longest, output)
 
 
 def run(chosen: Options) -> int:
@@ -166,7 +173,10 @@ def run(chosen: Options) -> int:
     header = ["line", "devices", "T", "sequences", "tokens/s/device", "planned", "efficiency"]
     said.say(table([*header, "GiB/device", "planned", "waiting"], [_row(result) for result in results]))
     longest = planned.longest()
-    if longest:
+    both = [] if chosen.longest is None or planned.reason else _longest(chosen, planned.kind)
+    if both and chosen.longest is not None:
+        said.say(scaling_longest.rows(both, chosen.longest * GIB))
+    elif longest:
         rows = [[str(count), "–" if length is None else f"{length:,}"] for count, length in longest.items()]
         said.say(table(["devices that share a sequence", "longest T that fits, planned"], rows))
     if planned.reason:
@@ -179,8 +189,30 @@ def run(chosen: Options) -> int:
         "the time until messages had come, those of sharded weights and gradients too. Planned: by `longtrain plan`, "
         "whose memory is that of tensors, on a CPU without the interpreter and its libraries."
     )
-    _write(chosen, recipe, results, longest, said)
+    _write(chosen, recipe, results, {"longest_planned": longest, "longest": scaling_longest.as_data(both)}, said)
     return 0
+
+
+def _longest(chosen: Options, kind: str) -> list[scaling_longest.Longest]:
+    """The longest sequences that fit, by runs of two steps."""
+    from longtrain.planning import devices_named
+
+    threads = max(1, cores() // chosen.devices[-1])
+
+    def held(count: int, length: int) -> int | None:
+        keys = (*scaling_longest.shared_by(count), f"launch.processes={count}", f"data.length={length}")
+        point = Point("longest", count, (*keys, "trainer.steps=2", "trainer.sequences=1", "trainer.accumulation=1"))
+        try:
+            size = _run(replace(chosen, warm_up=1), point, threads)["memory_bytes"]
+        except UsageError:
+            size = None
+        told = "failed" if size is None else f"{size / GIB:.2f} GiB"
+        print(f"  longest: {count:>3} devices, {length:>12,} tokens: {told}", flush=True)
+        return size
+
+    devices = [devices_named(f"{count}x{kind}") for count in chosen.devices]
+    assert chosen.longest is not None
+    return scaling_longest.measured(chosen.recipe, chosen.overrides, devices, memory=chosen.longest * GIB, held=held)
 
 
 def _device(recipe: "Recipe", most: int) -> str:
@@ -331,7 +363,7 @@ def _setting(chosen: Options, recipe: "Recipe", device: str) -> list[list[str]]:
 
 
 def _write(
-    chosen: Options, recipe: "Recipe", results: Sequence[Result], longest: Mapping[int, int | None], said: Said
+    chosen: Options, recipe: "Recipe", results: Sequence[Result], longest: Mapping[str, Any], said: Said
 ) -> None:
     if chosen.output is None:
         return
@@ -346,5 +378,5 @@ def _write(
     said.say(f"![Tokens per second and device]({stem.name}.png)")
     said.write(stem.with_suffix(".md"))
     found: dict[str, Any] = {"recipe": recipe.recipe, "overrides": list(chosen.overrides)}
-    found |= {"results": [asdict(one) for one in results], "longest_planned": dict(longest)}
+    found |= {"results": [asdict(one) for one in results], **longest}
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -76,7 +76,9 @@ def _dry(recipe: str, overrides: Sequence[str], planned: Plan) -> str:
         found = "-" if term in unknown else f"{held.peak[term] / GIB:.3f}"
         lines.append(f"{term:<20} {expected / GIB:>9.3f} {found:>9}")
     if unknown:
-        lines.append("-: DeepSpeed's own, which a dry run cannot pretend. All else is that of the same step under fsdp, in")
+        lines.append(
+            "-: DeepSpeed's own, which a dry run cannot pretend. All else is that of the same step under fsdp, in"
+        )
         lines.append("   whose working set gradients wait to be summed up")
         lines.append(f"took {held.seconds:.0f} s")
     else:

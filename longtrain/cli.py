@@ -101,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default 10)")
     training.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
     training.add_argument("--devices", metavar="NUMBERS", help="instead: scaling over 1,2,4,... devices")
+    training.add_argument(
+        "--longest", type=float, metavar="GIB", help="of --devices: measure the longest T in so much memory a device"
+    )
     training.add_argument("--output", type=Path, metavar="DIR", help="of --devices: write table, plot and JSON there")
     training.set_defaults(command=_bench_training)
 
@@ -230,8 +233,9 @@ def _bench_training(arguments: argparse.Namespace) -> int:
     if arguments.devices is not None:
         given = {name: value for name, value in vars(arguments).items() if name != "command"}
         return benchmark_scaling.run(benchmark_scaling.options(**given))
-    if arguments.output is not None:
-        raise UsageError(f"--output: got {arguments.output} without --devices, whose results it is for")
+    for option in ("longest", "output"):
+        if (given := getattr(arguments, option)) is not None:
+            raise UsageError(f"--{option}: got {given} without --devices, which it is for")
     return benchmark_training.run(
         arguments.recipe,
         arguments.overrides,

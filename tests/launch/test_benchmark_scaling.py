@@ -12,7 +12,7 @@ import torch.distributed as dist
 from longtrain import planning
 from longtrain.bench_training import waits
 from longtrain.cli import main
-from longtrain.launch import benchmark_scaling
+from longtrain.launch import benchmark_scaling, scaling_longest
 from tests.distributed import run_distributed
 
 TINY = ["launch.device=cpu", "data.length=64", "model.width=32", "model.depth=2", "layers.pattern=softmax"]
@@ -115,12 +115,55 @@ def test_a_line_that_the_recipe_refuses_says_why(
         (["--devices=1", "--steps=0"], ("--steps: got 0", "1 or more")),
         (["--devices=1", "--output=nowhere"], ("--output: got nowhere", "docs/benchmarks")),
         (["--output=."], ("--output", "--devices")),
+        (["--longest=1"], ("--longest: got 1.0 without --devices",)),
+        (["--devices=1", "--longest=0"], ("--longest: got 0", "GiB above 0")),
     ],
 )
 def test_refusals(options: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BENCH, *options]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("start", [1, 5000, 64 * 1024, 10**6])
+@pytest.mark.parametrize("most", [1023, 1024, 2047, 50_000, 65_536, 1_000_000])
+def test_the_longest_that_fits_is_found_from_anywhere(start: int, most: int) -> None:
+    asked: list[int] = []
+
+    def fits(length: int) -> bool:
+        asked.append(length)
+        return length <= most
+
+    found = scaling_longest.find(fits, start)
+    if most < 1024:
+        assert found is None
+    else:
+        assert found is not None and most - max(1024, most // 8) < found <= most
+    assert len(set(asked)) == len(asked) < 16
+    if most // 2 < start <= most:
+        assert len(asked) <= 6
+
+
+def test_longest_sequences_are_measured_beside_planned(
+    made_up: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, interpreter = benchmark_scaling._run, 3 * 2**28
+
+    def held(chosen: Any, point: benchmark_scaling.Point, threads: int) -> dict[str, Any]:
+        found, keys = run(chosen, point, threads), dict(key.split("=", 1) for key in point.keys)
+        if point.line != "longest":
+            return found
+        planned = planning.plan(chosen.recipe, [*chosen.overrides, *point.keys], planning.devices_named("cpu"))
+        assert keys["parallel.sequence"] == str(point.devices) and chosen.warm_up == 1
+        return found | {"memory_bytes": interpreter + planned.memory.total / point.devices / 1.25}
+
+    monkeypatch.setattr(benchmark_scaling, "_run", held)
+    assert main([*BENCH, "--devices=1", "--repeats=1", "--longest=0.5", f"--output={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "scaling_quickstart.json").read_text())["longest"].values()
+    # A quarter more than planned, but for the plan of 1,024 tokens and the margin for allocators.
+    assert 1.1 < found["measured"] / found["planned"] < 1.4
+    assert f"{found['planned']:,}" in said and f"{found['measured']:,}" in said and "in 0.5 GiB a device" in said
 
 
 def _late(rank: int, world: int) -> tuple[float, int]:
@@ -141,7 +184,9 @@ def test_waits_are_counted_where_they_are() -> None:
 
 
 def test_measures_a_real_run(tmp_path: Path) -> None:
-    chosen = benchmark_scaling.options("quickstart", TINY, devices="2", repeats=1, steps=2, warm_up=1, output=tmp_path)
+    chosen = benchmark_scaling.options(
+        "quickstart", TINY, devices="2", repeats=1, steps=2, warm_up=1, longest=None, output=tmp_path
+    )
     keys = ("launch.processes=2", "parallel.sequence=2", "trainer.steps=3")
     found = benchmark_scaling._run(chosen, benchmark_scaling.Point("sequence, strong", 2, keys), 1)
     assert len(found["losses"]) == 3 and found["tokens"] == 2 * 64 and found["seconds"] > 0
