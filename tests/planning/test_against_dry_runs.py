@@ -17,7 +17,7 @@ CASES = [
     ("llama_8b_15m", "32xh100", ["model.depth=4"]),
     ("llama_8b_128k", "1xh200", ["memory.recompute=full"]),
     ("llama_8b_1m", "8xh200", ["model.depth=8", "model.vocabulary=4096", "memory.offload=attention"]),
-    ("llama_8b_zero3", "8xh100", []),
+    ("llama_8b_zero3", "8xh100", ["model.depth=4"]),
     ("llama_8b_128k", "8xh200", ["model.depth=4", "memory.recompute=[aten::mm]"]),
     ("llama_8b_1m", "8xh200", ["model.depth=4", "memory.recompute=[conv1d]"]),
     ("llama_70b_512k", "64xh200", ["model.depth=4"]),
