@@ -97,11 +97,9 @@ class Planned:
 
         found: dict[int, int | None] = {}
         for count in () if self.reason else self._chosen.devices:
-            keys = [f"parallel.sequence={count}", "parallel.data=1", "launch.launcher=local"]
+            keys = [*self._chosen.overrides, *scaling_longest.shared_by(count)]
             try:
-                one = longest(
-                    self._chosen.recipe, [*self._chosen.overrides, *keys], devices_named(f"{count}x{self.kind}")
-                )
+                one = longest(self._chosen.recipe, keys, devices_named(f"{count}x{self.kind}"))
             except UsageError as error:
                 self.reason = str(error)
                 break

@@ -81,7 +81,8 @@ def _ring(sizes: Sizes, layer: Layer) -> float:
     results = narrow * (queries + 2 * grouped)
     kernels = narrow * (queries + grouped) + 8.0 * options.heads * share  # dout and v for them, delta and exponents
     if sizes.degrees[1] > 1:  # two blocks of keys and values, and their gradients: made, sent and received
-        kernels += 2.0 * grouped * (2 * sizes.size + 12)
+        rings = 1 if sizes.recipe.parallel.rows == 1 else 2  # the outer ring's are under way beside the inner one's
+        kernels += rings * 2.0 * grouped * (2 * sizes.size + 12)
     if share == 1:
         return own + max(results, kernels)
     # Copies of the group's keys and values; the results of all groups, whole from the start.

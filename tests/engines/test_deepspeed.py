@@ -10,10 +10,11 @@ import torch
 
 from longtrain import checkpoint
 from longtrain.config import compose
-from longtrain.engines import DeepSpeedConfig, Wanted
+from longtrain.engines import DeepSpeedConfig, DeepSpeedEngine, Setup, Wanted
 from longtrain.engines.deepspeed_config import deepspeed_json
 from longtrain.errors import UsageError
 from longtrain.optimizer import OptimizerConfig
+from longtrain.parallel import build_mesh
 from longtrain.trainer import TrainerConfig
 from tests.distributed import run_command, run_distributed
 from tests.engines.cases import small_model, trainer_of, weights_of
@@ -178,6 +179,27 @@ def merged(tmp_path: Path, given: object, **changed: object) -> dict:
     path.write_text(given if isinstance(given, str) else json.dumps(given))
     wanted = Wanted(**{"precision": "float32", "clip": 1.0, "accumulation": 2} | changed)  # type: ignore[arg-type]
     return deepspeed_json(DeepSpeedConfig(stage=2, config=str(path)), wanted)
+
+
+def refused_by_deepspeed(rank: int, world: int, file: str) -> str:
+    setup = Setup(
+        model=torch.nn.Linear(3, 8),
+        blocks=(),
+        mesh=build_mesh("cpu", data=1, sequence=world),
+        precision="float32",
+        optimizer=OptimizerConfig(name="sgd", weight_decay=0.0),
+        clip=1.0,
+    )
+    with pytest.raises(UsageError) as refused:
+        DeepSpeedEngine(setup, DeepSpeedConfig(stage=2, config=file))
+    return str(refused.value)
+
+
+def test_what_deepspeed_refuses_of_a_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"no_such_key": 1}}')
+    (said,) = run_distributed(1, refused_by_deepspeed, str(path))
+    assert said.startswith("deepspeed.config: DeepSpeed refuses no_such_key of DeepSpeedZeroConfig: ")
 
 
 def test_a_file_of_the_users_is_merged_in(tmp_path: Path) -> None:
