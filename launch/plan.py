@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from longtrain.dry_run import ENGINE_TERMS, TERMS, Held
+from longtrain.dry_run import TERMS, Held
 from longtrain.errors import UsageError
 from longtrain.launch.dry_runs import dry_run
 from longtrain.planning import Devices, Plan, devices_named, longest, plan, search
@@ -69,18 +69,9 @@ def _dry(recipe: str, overrides: Sequence[str], planned: Plan) -> str:
     """The dry run's account beside the plan's."""
     cut = [*overrides, "launch.processes=null"]
     held: Held = dry_run(recipe, cut, world=planned.devices.count, architecture=planned.devices.device.architecture)
-    unknown = () if planned.shape.recipe.engine == "fsdp" else (*ENGINE_TERMS, "total")
     lines = [f"{'dry run':<20} {'planned':>9} {'held':>9} GiB"]
     for term in (*TERMS, "total"):
         expected = planned.memory.total if term == "total" else planned.memory.terms[term]
-        found = "-" if term in unknown else f"{held.peak[term] / GIB:.3f}"
-        lines.append(f"{term:<20} {expected / GIB:>9.3f} {found:>9}")
-    if unknown:
-        lines.append(
-            "-: DeepSpeed's own, which a dry run cannot pretend. All else is that of the same step under fsdp, in"
-        )
-        lines.append("   whose working set gradients wait to be summed up")
-        lines.append(f"took {held.seconds:.0f} s")
-    else:
-        lines.append(f"on the host {held.host_peak / GIB:.1f} GiB; took {held.seconds:.0f} s")
+        lines.append(f"{term:<20} {expected / GIB:>9.3f} {held.peak[term] / GIB:>9.3f}")
+    lines.append(f"on the host {held.host_peak / GIB:.1f} GiB; took {held.seconds:.0f} s")
     return "\n".join(lines)

@@ -4,8 +4,8 @@
     print(held.peak["total"], held.peak["working set"])
 
 The step runs in a process of its own, with tensors that have shapes but no memory, and messages that go nowhere. It is
-the trainer's, on the decoder that a training run would build, with every allocation of model, engine, optimizer and
-operators; kernels are left out. What allocators round up or waste is not in it.
+the trainer's, on the decoder that a training run would build, with every allocation of model, engine (DeepSpeed's own
+code too), optimizer and operators; kernels are left out. What allocators round up or waste is not in it.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,6 @@ TERMS = (
     "working set",
 )
 """What memory is held for; `dry_run.tracker.Term` says what each means. With "total" the keys of `Held`'s mappings."""
-
-ENGINE_TERMS = TERMS[:4]
-"""Those that depend on how an engine shards. A dry run of engine=deepspeed, whose kernels and buffers cannot be
-pretended, runs the same program under fsdp: these terms are fsdp's, the others those of both engines."""
 
 
 @dataclass(frozen=True)

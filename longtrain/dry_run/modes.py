@@ -92,12 +92,16 @@ class Program(TorchDispatchMode):
         return result
 
     def _on_host(self, tensors: Sequence[Tensor], given: Sequence[Any], options: Mapping[str, Any]) -> bool:
-        """Whether to really do this: on real tensors of the host, or making one there that is not for offloading."""
+        """Whether to really do this: on real tensors of the host, or making one there that is not for offloading.
+
+        What is offloaded is pinned, or floating point; of those that are made from nothing, no others are for the host.
+        """
         if options.get("pin_memory") or any(isinstance(x, torch.device) and x.type != "cpu" for x in given):
             return False
         if tensors:
             return all(x.device.type == "cpu" for x in tensors)
-        return self._preparing or self._device.type != "cpu"
+        floating = isinstance(dtype := options.get("dtype"), torch.dtype) and dtype.is_floating_point
+        return self._preparing or (self._device.type != "cpu" and not floating)
 
     def _faked(self, x: Tensor) -> Tensor:
         assert self._fakes is not None

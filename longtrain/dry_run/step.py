@@ -4,7 +4,6 @@ The program is what a training run executes: `build_trainer`, then `train_step`.
 zero, as a checkpoint would find it, so that one step shows what every later one holds.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -22,11 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from longtrain.data import build_data
-from longtrain.dry_run import Held
+from longtrain.dry_run import Held, zero
 from longtrain.dry_run import device as dry_device
 from longtrain.dry_run.modes import Fakes, Program
 from longtrain.dry_run.tracker import Term, Tracker
-from longtrain.engines import DeepSpeedConfig, FSDPConfig
+from longtrain.engines.deepspeed import DeepSpeedEngine
 from longtrain.errors import UsageError
 from longtrain.kernels import launching
 from longtrain.parallel import build_mesh
@@ -38,23 +37,30 @@ from longtrain.trainer import Trainer
 def run(recipe: Recipe, *, world: int, rank: int = 0, architecture: str | None = None, real: bool = False) -> Held:
     """One step as `rank` of `world`; see `longtrain.launch.dry_runs.dry_run`. Once per process."""
     _check(recipe, world=world, rank=rank, architecture=architecture, real=real)
-    if recipe.engine == "deepspeed":
-        away = FSDPConfig(cpu_offload=recipe.deepspeed.offload_optimizer != "none")
-        recipe = dataclasses.replace(recipe, engine="fsdp", fsdp=away, deepspeed=DeepSpeedConfig())
     start = time.perf_counter()
     data, sequence = degrees(recipe, world)
     device = join(world=world, rank=rank, architecture=architecture, real=real)
     training, _ = build_data(recipe.data, seed=recipe.seed)
     mesh = build_mesh(device.type, data=data, sequence=sequence, rows=recipe.parallel.rows)
-    with watched(device, real=real) as (tracker, program), _engine_watched(tracker):
+    with ExitStack() as changes:
+        if recipe.engine == "deepspeed":
+            changes.enter_context(zero.pretended(device, real=real))
+        tracker, program = changes.enter_context(watched(device, real=real))
+        changes.enter_context(_fsdp_watched(tracker) if recipe.engine == "fsdp" else zero.watched(tracker))
         trainer = build_trainer(recipe, Processes(rank, world, mesh, device), training)
         building = tracker.peak()
-        tracker.mark(_local(trainer.model.parameters()), Term.WEIGHTS)
-        with tracker.making(Term.OPTIMIZER):
-            trainer.tensors()
+        if isinstance(trainer.engine, DeepSpeedEngine):
+            zero.mark(trainer.engine, tracker)
+        else:
+            tracker.mark(_local(trainer.model.parameters()), Term.WEIGHTS)
         loader = _AtOnce(program)
         trainer._loader = cast(Any, loader)
         _watch(trainer, tracker)
+        if recipe.engine == "deepspeed":
+            trainer.train_step()  # makes the optimizer's state, and learns the order of modules, to gather ahead
+        else:
+            with tracker.making(Term.OPTIMIZER):
+                trainer.tensors()
         tracker.restart()
         trainer.train_step()
         peak, after = tracker.peak(), tracker.held()
@@ -141,7 +147,7 @@ def _watch(trainer: Trainer, tracker: Tracker) -> None:
 
 
 @contextmanager
-def _engine_watched(tracker: Tracker) -> Iterator[None]:
+def _fsdp_watched(tracker: Tracker) -> Iterator[None]:
     """What fully_shard makes when it gathers weights and reduces gradients belongs to these."""
     methods = {name: getattr(FSDPParamGroup, name) for name in ("unshard", "wait_for_unshard", "post_backward")}
 

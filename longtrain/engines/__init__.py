@@ -6,7 +6,14 @@ knows no other word of it than those of `Engine`.
 
 from longtrain.engines.base import PRECISIONS, Engine, EngineFactory, Setup
 from longtrain.engines.deepspeed import DeepSpeedEngine
-from longtrain.engines.deepspeed_config import DeepSpeedConfig, Wanted, check_deepspeed, check_options
+from longtrain.engines.deepspeed_config import (
+    DeepSpeedConfig,
+    Wanted,
+    check_deepspeed,
+    check_options,
+    deepspeed_json,
+    fit_buffers,
+)
 from longtrain.engines.fsdp import FSDPConfig, FSDPEngine, check_fsdp, check_replicas
 
 __all__ = [
@@ -23,4 +30,6 @@ __all__ = [
     "check_fsdp",
     "check_options",
     "check_replicas",
+    "deepspeed_json",
+    "fit_buffers",
 ]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from longtrain.engines.base import PRECISIONS, Engine, Setup, give_memory, named_tensors
-from longtrain.engines.deepspeed_config import DeepSpeedConfig, Wanted, deepspeed_json
+from longtrain.engines.deepspeed_config import DeepSpeedConfig, Wanted, deepspeed_json, fit_buffers
 from longtrain.errors import UsageError
 from longtrain.muon import Muon, Slice
 from longtrain.optimizer import Optimizers, state_of
@@ -50,7 +50,7 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, setup: Setup, config: DeepSpeedConfig = DEFAULTS) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         if setup.values is not None:
             give_memory(setup.model, setup.mesh, hollow=config.stage == 3)
         self.stage = config.stage
@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
         options = deepspeed_json(
             config, Wanted(precision=setup.precision, clip=setup.clip, accumulation=setup.accumulation)
         )
-        _fit_bucket(options["zero_optimization"], sum(p.numel() for p in self._parameters.values()))
+        fit_buffers(options["zero_optimization"], *_numbers(setup))
         self.optimizers = Optimizers(setup.optimizer, setup.model)
         optimizer = self.optimizers.as_one()
         names = {parameter: name for name, parameter in self._parameters.items()}
@@ -217,20 +217,25 @@ class DeepSpeedEngine(Engine):
         return _Place(flats[group], inside.start, of_weight.start, inside.numel)
 
     def _show_slices_to_muon(self) -> None:
-        if not self._places:
+        parts = [part for part, _ in self.optimizers.parts if isinstance(part, Muon)]
+        if not self._places or not parts:
             return
+        sizes = self._held_sizes()
+        for part in parts:
+            slices: dict[Tensor, list[Slice]] = {}
+            for name, place in self._places.items():
+                if self._owners[name] is part:
+                    rows, columns = self._shapes[name]
+                    held = tuple(of_rank[name] for of_rank in sizes)
+                    piece = Slice((rows, columns), place.offset, place.size, held)
+                    slices.setdefault(place.flat, []).append(piece)
+            part.use_slices(slices, self._mesh.get_group())
+
+    def _held_sizes(self) -> list[dict[str, int]]:
+        """How many numbers of each weight each rank holds."""
         sizes: list[Any] = [None] * self._world
         dist.all_gather_object(sizes, {name: place.size for name, place in self._places.items()})
-        for part, _ in self.optimizers.parts:
-            if isinstance(part, Muon):
-                slices: dict[Tensor, list[Slice]] = {}
-                for name, place in self._places.items():
-                    if self._owners[name] is part:
-                        rows, columns = self._shapes[name]
-                        held = tuple(of_rank[name] for of_rank in sizes)
-                        piece = Slice((rows, columns), place.offset, place.size, held)
-                        slices.setdefault(place.flat, []).append(piece)
-                part.use_slices(slices, self._mesh.get_group())
+        return sizes
 
 
 def _partition(deepspeed: Any, setup: Setup, options: dict[str, Any]) -> None:
@@ -243,7 +248,7 @@ def _partition(deepspeed: Any, setup: Setup, options: dict[str, Any]) -> None:
         deepspeed.zero.Init(module=part, config_dict_or_path=options, dtype=compute)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed, told to be quiet and to compile nothing that training has no use for."""
     try:
         import deepspeed
@@ -255,9 +260,11 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _fit_bucket(zero: dict[str, Any], numbers: int) -> None:
-    """The buffer for gradients is made at once, of half a billion numbers: never of more than there are weights."""
-    zero.setdefault("reduce_bucket_size", max(min(numbers, 500_000_000), 1))
+def _numbers(setup: Setup) -> tuple[list[list[int]], list[int]]:
+    """Numbers of each block's weights, and of those outside of blocks."""
+    inside = {id(p) for block in setup.blocks for p in block.parameters()}
+    blocks = [[p.numel() for p in block.parameters()] for block in setup.blocks]
+    return blocks, [p.numel() for p in setup.model.parameters() if id(p) not in inside]
 
 
 def _whole(tensor: Tensor) -> Tensor:

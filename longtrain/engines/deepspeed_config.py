@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from longtrain.errors import UsageError, nearest
 
 OFFLOAD = ("none", "cpu")
+_WORTH_A_MESSAGE = 50_000_000  # numbers: with fewer, the time in which messages start would count
 # What a user's file may not say, because the recipe says it, or the engine could not work with it.
 ELSEWHERE = {
     "optimizer": "optimizer.name and its neighbours set the optimizer",
@@ -82,6 +84,28 @@ def deepspeed_json(config: DeepSpeedConfig, wanted: Wanted) -> dict[str, Any]:
         return made
     _merge(made, _read(Path(config.config)), _sources(), config.config, "")
     return made
+
+
+def fit_buffers(zero: dict[str, Any], blocks: Sequence[Sequence[int]], outside: Sequence[int]) -> None:
+    """Sizes, in numbers, that follow from the model where the user's file doesn't set them.
+
+    DeepSpeed would sum up half a billion gradients at once. Its stage 3 would keep what runs again within a billion
+    numbers, and gather ahead until a billion are whole. Here both go by blocks, as with fsdp: one's gradients at once,
+    one ahead. To gather the last few blocks once more costs next to nothing on a long sequence.
+
+    zero: the section "zero_optimization", which is written to. blocks: numbers of each block's weights. outside: of all
+    other weights.
+    """
+    weights, whole = sum(map(sum, [*blocks, outside])), max(map(sum, blocks), default=0)
+    zero.setdefault("reduce_bucket_size", max(min(weights, max(whole, _WORTH_A_MESSAGE)), 1))
+    if zero["stage"] == 3:
+        # Small weights are never cut. What is gathered at once is freed as one: a block's, and nothing of the next one.
+        small = zero.setdefault("stage3_param_persistence_threshold", 100_000)
+        *cut, always = [sum(number for number in each if number > small) for each in [*blocks, outside]]
+        ahead = max(cut, default=0)
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", ahead)
+        zero.setdefault("stage3_max_live_parameters", always + 2 * ahead)
 
 
 def _made(config: DeepSpeedConfig, wanted: Wanted) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What each engine holds of weights, gradients and optimizer state: resident, gathered for what runs, and on the host.
 
-fsdp's is exact, by the dry run. ZeRO's is worked out from reading what DeepSpeed allocates, and no measurement has
-checked it; its buffers have the sizes of DeepSpeed's defaults, whatever a user's file says of them. Letters: N weights,
-R ranks, s bytes of a number that is computed with.
+fsdp's and ZeRO-3's are exact, by dry runs. Stages 0 to 2 are so up to the moments when gradients are summed up, which
+differ from rank to rank there. Letters: N weights, R ranks, s bytes of a number that is computed with.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
+from longtrain.engines import Wanted, deepspeed_json, fit_buffers
 from longtrain.planning.work import Shape
 
 Add = Callable[[str, float], None]
@@ -44,6 +45,15 @@ class Holding(ABC):
     @abstractmethod
     def block(self, index: int, add: Add) -> None:
         """What is there beside it while a block's backward runs."""
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a block's gradient is held until its backward has ended."""
+        return False
+
+    def loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        """The moments between forward and the last block's backward, each with what it holds beside."""
+        yield "loss", []
 
     @abstractmethod
     def waiting(self, gradients: float) -> float:
@@ -141,15 +151,22 @@ class FSDPHolding(Holding):
         return 4.0 * (self._whole + self.share * (shape.weights if self._here else largest))
 
 
-_BUCKET = 5e8  # numbers that DeepSpeed reduces at once, at most
-_PREFETCH = 5e7  # numbers that ZeRO-3 gathers ahead
+_ALL_REDUCE = 5e8  # numbers that DeepSpeed's stage 0 sums up at once, and one weight's more
 
 
 class ZeroHolding(Holding):
     """ZeRO: float32 weights and optimizer state in shares from stage 1 on, gradients from 2, computed weights at 3.
 
-    Stage 0 is plain data parallelism in float32.
+    Stage 0 is plain data parallelism in float32. Stage 1 in bfloat16 has float32 gradients beside, made once.
     """
+
+    @property
+    def host(self) -> float:
+        """Beside the usual, gradients as they come and flat at stage 3; weights on their way back at 1 and 2."""
+        if self._here:
+            return 0.0
+        each, size = self.shape.weights * self.share, self.shape.size
+        return super().host + (4.0 * each if self.stage == 3 else size * (each + self._table))
 
     @property
     def stage(self) -> int:
@@ -164,59 +181,114 @@ class ZeroHolding(Holding):
         offload = self.shape.recipe.deepspeed.offload_optimizer != "none"
         return not (offload and self.shape.devices.device.architecture is not None)
 
-    @property
+    @cached_property
     def _bucket(self) -> float:
-        return min(_BUCKET, self.shape.weights)
+        """Numbers of gradients that are summed up at once."""
+        recipe, blocks = self.shape.recipe, [[weights] for weights in self.shape.block_weights]
+        trainer = recipe.trainer
+        wanted = Wanted(precision=trainer.precision, clip=trainer.clip, accumulation=trainer.accumulation)
+        zero = deepspeed_json(recipe.deepspeed, wanted)["zero_optimization"]
+        fit_buffers(zero, blocks, [self.shape.outer_weights])
+        return min(float(zero["reduce_bucket_size"]), self.shape.weights)
 
     @property
-    def _gradients(self) -> float:
-        """Bytes of gradients that a device holds when backward has ended."""
-        sharded = self.stage >= 2
-        return 4 * self.shape.weights * (self.share * self._here if sharded else 1.0)
+    def _table(self) -> int:
+        """Weights of the largest matrix."""
+        return self.shape.vocabulary * self.shape.recipe.model.width
+
+    @property
+    def _beside(self) -> bool:
+        return self.stage == 1 and self.shape.size == 2 and self._here
 
     def resident(self, add: Add) -> None:
         shape, stage = self.shape, self.stage
         if stage > 0:  # what is computed with, beside the float32 shares
-            add(
-                "gathered weights" if stage < 3 else "weights",
-                shape.size * shape.weights * (self.share ** (stage == 3)),
-            )
+            computed = shape.size * shape.weights
+            add(*("gathered weights", computed) if stage < 3 else ("weights", computed * self.share))
         if self._here:
             add("weights", 4 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
-        if stage == 3:
+        if self._beside:
+            add("gradients", 4.0 * shape.weights)
+        if 0 < stage < 3 and not self._here:
+            add("working set", shape.size * self._table)  # on whose way to the host it is
+        if stage == 2:
+            add("gradients", 4 * shape.weights * self.share)  # made once, wherever they go then
+        if stage == 3:  # buffers that are made once, and what runs outside of blocks
             add("gathered weights", shape.size * shape.outer_weights)
-            add("gathered weights", shape.size * self._bucket)
-            add("gradients", self._gradients)  # made once
+            add("gathered weights", 4.0 * self._bucket)
+            add("gradients", 4 * shape.weights * self.share * self._here)
 
     def block(self, index: int, add: Add) -> None:
         shape, blocks = self.shape, self.shape.block_weights
         if self.stage == 3:
-            add("gathered weights", shape.size * (blocks[index] + (min(_PREFETCH, blocks[index - 1]) if index else 0)))
+            add("gathered weights", shape.size * sum(blocks[max(index - 1, 0) : index + 1]))  # one ahead
             return
-        done = sum(blocks[index + 1 :]) + shape.outer_weights
-        if self.stage == 2:
-            add("gathered weights", shape.size * self._bucket)
-            add("gradients", self._gradients * done / shape.weights)
-        else:
-            add("gradients", 4.0 * done)
+        if self.stage < 2:
+            add("gradients", self._wide * (sum(blocks[index + 1 :]) + self._table))
+        if self.stage == 2 or (self.stage == 1 and not self._beside):
+            add("gathered weights", (shape.size if self.stage == 2 else 4) * self._bucket)
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a gradient that is kept whole."""
+        return self.shape.size if self._here else 4
+
+    @property
+    def hooked(self) -> bool:
+        return self.stage == 3
+
+    def loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        if self.stage < 3:
+            yield "loss", []
+            return
+        shape = self.shape
+        kept = ("gathered weights", shape.size * sum(shape.block_weights[-2:]))  # from forward, until backward
+        outside = shape.size * shape.outer_weights
+        normed = (
+            shape.size * shape.tokens * shape.recipe.model.width
+        )  # what the head took, which is gone with its gradient
+        head = ("working set", shape.size * self._table - normed)
+        yield "loss", [kept]
+        yield "weights outside of blocks gathered again", [kept, ("gathered weights", outside)]
+        yield "gradient of the head summed", [kept, head, ("gathered weights", self._copied)]
+
+    @property
+    def _copied(self) -> float:
+        """Bytes of the float32 copy of what stage 3 sums up at once, at most, and of a share on its way to the host."""
+        away = 3 * 4.0 * self._table * self.share * (not self._here)
+        if self._table <= self._bucket:
+            return 4.0 * self._bucket + away
+        return 4.0 * self._table * (self.shape.size == 2) + away
 
     def waiting(self, gradients: float) -> float:
-        return self.shape.size * gradients * (self.stage < 2)
+        return (self._wide if self.stage == 1 else self.shape.size) * gradients * (self.stage != 2)
 
     def end(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-        terms: list[tuple[str, float]] = []
-        if self.stage < 3:
-            terms.append(("gradients", self._gradients))
-            terms.append(("gathered weights", self.shape.size * self._bucket))
-        yield "reduced", terms
+        """The largest gradient, or all that are summed up at once, in float32 beside itself."""
+        shape, stage = self.shape, self.stage
+        at_once = 4.0 * (self._table if self._table > self._bucket else self._bucket)
+        waiting = ("working set", shape.size * self._table)
+        if stage == 3:
+            yield "summed", [waiting, ("gathered weights", self._copied)]
+        elif stage == 2:
+            yield "summed", [waiting, ("gathered weights", at_once + 4 * self._bucket)]
+        elif stage == 1:
+            extra = ("working set", 4.0 * self._table) if self._beside else ("gathered weights", at_once)
+            yield "summed", [("gradients", self._wide * shape.weights), extra]
+        else:
+            copied = min(_ALL_REDUCE + self._table, shape.weights)
+            yield "summed", [("gradients", 4.0 * shape.weights), ("working set", 4.0 * copied)]
 
     @property
     def building(self) -> float:
         shape = self.shape
         if self.stage < 3:
-            return 4.0 * shape.weights * (1 + self.share * self._here)
-        return shape.weights * self.share * (shape.size + 4.0 * self._here) + 4.0 * self._whole
+            made = self.stage > 0 and shape.weights * (shape.size + 4 * self.share * self._here + 4 * self._beside)
+            flat = 2.0 * shape.size * shape.weights * (self.stage > 0)  # beside those that were there
+            return max(4.0 * (shape.weights + self._table), flat, made + 4.0 * self._whole * (shape.size == 2))
+        made = shape.weights * self.share * (shape.size + (4 + 4) * self._here) + 4.0 * self._bucket
+        return made + 4.0 * self._whole  # then each part gets its exact values
 
 
 def holding(shape: Shape) -> Holding:

@@ -65,9 +65,9 @@ def _moments(shape: Shape) -> Iterator[_Moment]:
                 yield _tried_backward(shape, index)
                 continue
             yield _attention_backward(shape, index)
-            if getattr(shape.recipe.memory, "tile", None) is None:  # a tile of an MLP holds next to nothing
-                yield _mlp_backward(shape, index)
-    yield _loss(shape)
+            tiled = shape.recipe.memory.tile is not None
+            yield _tile_backward(shape, index) if tiled else _mlp_backward(shape, index)
+    yield from _loss(shape)
     yield from _end_of_backward(shape)
 
 
@@ -116,6 +116,16 @@ def _mlp_backward(shape: Shape, index: int) -> _Moment:
     return moment
 
 
+def _tile_backward(shape: Shape, index: int) -> _Moment:
+    """Of the whole sequence there is x, dy and dx; of a tile all else; the weights' gradients run in float32."""
+    moment, model = _block_backward(shape, index, "MLP tiles"), shape.recipe.model
+    moment.add("working set", shape.tokens * shape.size * (model.width - 3 * model.hidden))
+    tile = min(shape.recipe.memory.tile or 0, shape.tokens)
+    moment.add("working set", tile * shape.size * (6 * model.hidden + 2 * model.width))
+    moment.add("working set", 4.0 * 3 * model.width * model.hidden)
+    return moment
+
+
 def _attention_backward(shape: Shape, index: int) -> _Moment:
     """The MLP is done, and its gradients wait to be summed; the mixer's own are made."""
     moment, model, mixer = _block_backward(shape, index, "mixer"), shape.recipe.model, shape.mixers[index]
@@ -124,6 +134,7 @@ def _attention_backward(shape: Shape, index: int) -> _Moment:
     moment.add("working set", shape.tokens * (mixer.working - mixer.kept))
     moment.add("kept attention", shape.tokens * (mixer.kept_results - mixer.results))
     moment.add("ring buffers", shape.tokens * mixer.ring)
+    moment.add("working set", holding(shape).hooked * shape.tokens * shape.size * model.width)
     return moment
 
 
@@ -139,16 +150,20 @@ def _tried_backward(shape: Shape, index: int) -> _Moment:
     return moment
 
 
-def _loss(shape: Shape) -> _Moment:
-    moment, model = _start(shape, "loss, backward", layers=len(shape.layers)), shape.recipe.model
-    tokens, vocabulary = shape.tokens, shape.vocabulary
-    moment.add("working set", 2 * tokens * shape.size * model.width)  # what left the blocks, and its norm
-    rows, columns = min(tokens, _LOSS_TILE), min(vocabulary, _LOSS_TILE)
-    moment.add("loss", rows * columns * (4 if shape.size == 4 else 6))
-    moment.add("loss", shape.size * model.width * (tokens + vocabulary))  # the two gradients
-    if shape.size == 2:
-        moment.add("loss", 4 * model.width * min(tokens, vocabulary))
-    return moment
+def _loss(shape: Shape) -> Iterator[_Moment]:
+    for name, terms in holding(shape).loss():
+        moment, model = _start(shape, f"{name}, backward", layers=len(shape.layers)), shape.recipe.model
+        for term, size in terms:
+            moment.add(term, size)
+        tokens, vocabulary = shape.tokens, shape.vocabulary
+        moment.add("working set", 2 * tokens * shape.size * model.width)  # what left the blocks, and its norm
+        if name == "loss":
+            rows, columns = min(tokens, _LOSS_TILE), min(vocabulary, _LOSS_TILE)
+            moment.add("loss", rows * columns * (4 if shape.size == 4 else 6))
+            moment.add("loss", shape.size * model.width * (tokens + vocabulary))  # the two gradients
+            if shape.size == 2:
+                moment.add("loss", 4 * model.width * min(tokens, vocabulary))
+        yield moment
 
 
 def _end_of_backward(shape: Shape) -> Iterator[_Moment]:

@@ -49,6 +49,18 @@ def test_the_quickstart_holds_what_it_holds_with_real_numbers():
     assert dry.tokens == real.tokens == 2048
 
 
+@pytest.mark.parametrize("stage", [3] + [pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2)])
+def test_deepspeed_holds_what_it_holds_with_real_numbers(stage: int):
+    here = {"world": 1, "architecture": None}
+    overrides = ["launch.processes=1", "data.length=1024", "model.width=256", "engine=deepspeed"]
+    overrides += [f"deepspeed.stage={stage}", "layers.pattern=softmax"]
+    dry, real = dry_run("quickstart", overrides, **here), dry_run("quickstart", overrides, **here, real=True)
+    off = differences(dry, real)
+    assert set(off) >= {"weights", "optimizer", "layer inputs", "working set"}
+    assert max(map(abs, off.values())) < 0.01, off
+    assert dry.building["total"] == pytest.approx(real.building["total"], rel=0.01)
+
+
 def test_a_large_model_on_one_pretended_card(llama_8b: str):
     held = dry_run(llama_8b, world=1, architecture="sm_90")
     assert held.tokens == 131072

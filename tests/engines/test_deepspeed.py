@@ -11,7 +11,7 @@ import torch
 from longtrain import checkpoint
 from longtrain.config import compose
 from longtrain.engines import DeepSpeedConfig, DeepSpeedEngine, Setup, Wanted
-from longtrain.engines.deepspeed_config import deepspeed_json
+from longtrain.engines.deepspeed_config import deepspeed_json, fit_buffers
 from longtrain.errors import UsageError
 from longtrain.optimizer import OptimizerConfig
 from longtrain.parallel import build_mesh
@@ -215,6 +215,19 @@ def test_a_file_of_the_users_is_merged_in(tmp_path: Path) -> None:
     assert made["wall_clock_breakdown"] is True and made["gradient_accumulation_steps"] == 2
     assert "train_batch_size" not in made and made["gradient_clipping"] == 1.0
     assert merged(tmp_path, {}, clip=float("inf"))["gradient_clipping"] == 0.0
+
+
+def test_buffers_go_by_blocks_unless_the_users_file_says_otherwise() -> None:
+    blocks, outside = [[200_000_000, 50_000], [150_000_000, 50_000]], [500_000_000, 4_000]
+    fit_buffers(sizes := {"stage": 3}, blocks, outside)
+    assert sizes["reduce_bucket_size"] == 200_050_000 and sizes["stage3_max_reuse_distance"] == 0
+    assert sizes["stage3_prefetch_bucket_size"] == 200_000_000  # small weights are whole anyway
+    assert sizes["stage3_max_live_parameters"] == 500_000_000 + 2 * 200_000_000
+    given = {"stage": 3, "reduce_bucket_size": 7, "stage3_max_live_parameters": 8}
+    fit_buffers(given, blocks, outside)
+    assert (given["reduce_bucket_size"], given["stage3_max_live_parameters"]) == (7, 8)
+    fit_buffers(few := {"stage": 2}, [[60, 40]], [10])
+    assert few == {"stage": 2, "reduce_bucket_size": 110}  # all in one message
 
 
 @pytest.mark.parametrize(

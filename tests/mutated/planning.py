@@ -6,6 +6,7 @@ MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
 HOLDING, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "work", "planner"))
 TERMS, MIXING, LAUNCHING = "longtrain/planning/terms.py", "longtrain/planning/mixing.py", "kernels/launching.py"
 DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
+AGAINST = "tests/planning/test_against_dry_runs.py::test_plans_are_what_dry_runs_hold"
 
 MUTATIONS = (
     Mutation(
@@ -18,8 +19,8 @@ MUTATIONS = (
     Mutation(
         "dry-run-fakes-host-data",
         MODES,
-        "return self._preparing or self._device.type",
-        "return self._device.type",
+        "return self._preparing or (self._device.type",
+        "return (self._device.type",
         (f"{DRY}test_fake_numbers_are_fine_and_host_data_is_real",),
     ),
     Mutation(
@@ -47,7 +48,7 @@ MUTATIONS = (
         TERMS,
         'moment.add("ring buffers", shape.tokens * mixer.ring)',
         'moment.add("ring buffers", 0.0)',
-        ("tests/planning/test_against_dry_runs.py::test_plans_are_what_dry_runs_hold[hybrid_1b_4m-8xh200-overrides0]",),
+        (f"{AGAINST}[hybrid_1b_4m-8xh200-overrides0]",),
     ),
     Mutation(
         "plan-keeps-the-input-of-every-mixer",
@@ -69,6 +70,34 @@ MUTATIONS = (
         "np.arange(each + 1, dtype=np.int64) * recipe.data.length",
         "np.array([0, each], dtype=np.int64) * recipe.data.length",
         (f"{PLANS}test_more_sequences_are_documents_of_their_own",),
+    ),
+    Mutation(
+        "plan-looks-at-the-lowest-layer-only",
+        TERMS,
+        "first, last = index <= _near(shape),",
+        "first, last = index <= 0,",
+        (f"{PLANS}test_no_layer_is_fuller_than_those_that_a_plan_looks_at",),
+    ),
+    Mutation(
+        "plan-of-one-ring-where-there-are-two",
+        MIXING,
+        "rings = 1 if sizes.recipe.parallel.rows == 1 else 2",
+        "rings = 1",
+        (f"{PLANS}test_an_outer_ring_has_blocks_under_way_beside_the_inner_ones",),
+    ),
+    Mutation(
+        "zero3-keeps-blocks-for-later",
+        "longtrain/engines/deepspeed_config.py",
+        'zero.setdefault("stage3_max_reuse_distance", 0)',
+        'zero.setdefault("stage3_max_reuse_distance", 10**9)',
+        (f"{AGAINST}[llama_8b_zero3-8xh100-overrides1]",),
+    ),
+    Mutation(
+        "dry-run-of-the-first-step-of-zero3",
+        "longtrain/dry_run/step.py",
+        "            trainer.train_step()  # makes",
+        "            pass  # makes",
+        (f"{AGAINST}[llama_8b_zero3-8xh100-overrides1]",),
     ),
     Mutation(
         "plan-names-the-slowest-change-first",
