@@ -108,14 +108,14 @@ def runs_nothing(device: torch.device) -> bool:
 Block = TypeVar("Block")
 
 
-def visited(blocks: Sequence[Block], device: torch.device) -> Sequence[Block]:
+def visited(blocks: Sequence[Block], device: torch.device, *, first: int = 2) -> Sequence[Block]:
     """Those blocks that a loop over memory has to go through: all of them.
 
-    On a pretended card the first two and the last one: those between hold what the second does, and a dry run of a
-    million tokens would be busy with them for minutes.
+    On a pretended card the first ones and the last one: those between hold what the last of the first ones does, and a
+    dry run of a million tokens would be busy with them for minutes.
     """
     pretended = bool(_pretended) and runs_nothing(device)
-    return [*blocks[:2], blocks[-1]] if pretended and len(blocks) > 3 else blocks
+    return [*blocks[:first], blocks[-1]] if pretended and len(blocks) > first + 1 else blocks
 
 
 def tiles(count: int, size: int, device: torch.device) -> Sequence[slice]:

@@ -116,6 +116,7 @@ class Workshop:
             os.dup2(sink, 2)
             os.chdir(self.root)
             sys.path.insert(0, str(self._imports))
+            os.environ["PYTHONPATH"] = str(self._imports)  # of the processes that tests start
             for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
                 del sys.modules[name]  # the copy's are meant
             importlib.invalidate_caches()

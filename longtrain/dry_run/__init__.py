@@ -43,7 +43,8 @@ class MixerHeld:
     Or a whole block's, which computes again what its policy does not keep; dy is in `working` then.
     """
 
-    results: float  # results of operators over ranks, which recompute may keep
+    results: float  # of operators over ranks, where all are kept
+    remembered: float  # of them what recompute keeps under the policy `attention`
     kept: float  # what else it keeps for backward, beside
     input: float  # x, which it may keep or not
     working: float  # at the fullest moment of backward: what is neither of the others,
@@ -51,4 +52,6 @@ class MixerHeld:
     kept_results: float  # and their results
 
     def __post_init__(self) -> None:
-        assert min(self.results, self.kept, self.input, self.working, self.ring, self.kept_results) >= 0
+        assert (
+            min(self.results, self.remembered, self.kept, self.input, self.working, self.ring, self.kept_results) >= 0
+        )

@@ -76,6 +76,7 @@ def _passes(
             shared = before.mix_shared(x, shard, ())[1]
         shared = tuple(z.requires_grad_() for z in shared)
     tracker.mark(x, Term.INPUTS)
+    remembered = 0.0
     if asked["block"] is not None:
         module = _block(asked["block"], mixer, place.width, tracker, device=device, dtype=dtype)
         policy = layer_policies(asked["block"]["recompute"], [mixer.name])[0]
@@ -83,6 +84,7 @@ def _passes(
         assert isinstance(y, Tensor)
     else:
         module = mixer
+        remembered = _remembered(mixer, leaf, shard, shared, tracker)
         y = mixer.mix_shared(x, shard, shared)[0] if isinstance(mixer, SharingMixer) else mixer(x, shard)
     del x  # if the mixer has no need of it, nobody has
     if module is not mixer:
@@ -97,12 +99,24 @@ def _passes(
     backward = tracker.peak()
     return {
         "results": forward[Term.ATTENTION.value],
+        "remembered": remembered,
         "kept": forward[Term.WORKING.value],
         "input": forward[Term.INPUTS.value],
         "working": backward[Term.WORKING.value],
         "ring": backward[Term.RING.value],
         "kept_results": backward[Term.ATTENTION.value],
     }
+
+
+def _remembered(mixer: Mixer, x: Tensor, shard: SequenceShard, shared: Shared, tracker: Tracker) -> float:
+    """Bytes of results over ranks that the policy `attention` keeps."""
+
+    def mix(x: Tensor, shard: SequenceShard, *shared: Tensor) -> Tensor:
+        return mixer.mix_shared(x, shard, shared)[0] if isinstance(mixer, SharingMixer) else mixer(x, shard)
+
+    y = run_block(mix, x * 1, shard, *shared, policy=layer_policies("attention", [mixer.name])[0])
+    tracker.mark((shared, y), Term.WEIGHTS)
+    return tracker.held()[Term.ATTENTION.value]
 
 
 def _made(

@@ -20,6 +20,7 @@ def printed(module: str, words: Sequence[str], *, what: str, timeout: float) -> 
     """
     environment = {name: value for name, value in os.environ.items() if name not in _RANK_SAID_BY}
     environment |= {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}  # nothing may touch a card
+    environment["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
     command = [sys.executable, "-m", module, *words]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if ended.returncode == 2:

@@ -43,8 +43,8 @@ def run(recipe: Recipe, *, world: int, rank: int = 0, architecture: str | None =
     training, _ = build_data(recipe.data, seed=recipe.seed)
     mesh = build_mesh(device.type, data=data, sequence=sequence, rows=recipe.parallel.rows)
     with ExitStack() as changes:
-        if recipe.engine == "deepspeed":
-            changes.enter_context(zero.pretended(device, real=real))
+        if recipe.engine == "deepspeed" and not real:
+            changes.enter_context(zero.pretended(device))
         tracker, program = changes.enter_context(watched(device, real=real))
         changes.enter_context(_fsdp_watched(tracker) if recipe.engine == "fsdp" else zero.watched(tracker))
         trainer = build_trainer(recipe, Processes(rank, world, mesh, device), training)

@@ -4,7 +4,6 @@ Its ZeRO is Python on torch's operators, so every allocation of it is seen. It a
 about devices, wants numbers of tensors that have none, and moves modules in ways that fake tensors refuse.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
@@ -21,17 +20,13 @@ from longtrain.engines.deepspeed import DeepSpeedEngine, import_deepspeed
 
 
 @contextmanager
-def pretended(device: torch.device, *, real: bool) -> Iterator[None]:
-    """DeepSpeed works on `device` inside the block, with tensors without memory unless `real`. Once per process."""
+def pretended(device: torch.device) -> Iterator[None]:
+    """DeepSpeed works on `device` inside the block, with tensors without memory. Once per process."""
     import_deepspeed()
     from deepspeed.runtime.zero import utils
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     with ExitStack() as changes:
-        changes.enter_context(patch.dict(os.environ, LOCAL_RANK="0"))  # which it insists on
-        if real:
-            yield
-            return
         changes.enter_context(patch.object(DeepSpeedZeroOptimizer, "has_overflow", lambda *given, **options: False))
         changes.enter_context(patch.object(utils, "assert_lst_len_same_as_other_ranks", lambda given: None))
         changes.enter_context(patch.object(utils, "get_lst_from_rank0", lambda given: given))
@@ -126,20 +121,20 @@ def watched(tracker: Tracker) -> Iterator[None]:
 
     def moving(method: Any) -> Any:
         @wraps(method)
-        def moved(*given: Any, **options: Any) -> Any:
+        def _moved(*given: Any, **options: Any) -> Any:
             with tracker.making(Term.GATHERED):
                 return method(*given, **options)
 
-        return moved
+        return _moved
 
     def keeping(method: Any) -> Any:
         @wraps(method)
-        def kept(zero: Any, *given: Any, **options: Any) -> Any:
+        def _kept(zero: Any, *given: Any, **options: Any) -> Any:
             result = method(zero, *given, **options)
             tracker.mark([zero.grads_in_partition, getattr(result, "flat_partition", None)], Term.GRADIENTS)
             return result
 
-        return kept
+        return _kept
 
     watchers = {
         (PartitionedParameterCoordinator, "fetch_sub_module"): moving,

@@ -184,11 +184,11 @@ class ZeroHolding(Holding):
     @cached_property
     def _bucket(self) -> float:
         """Numbers of gradients that are summed up at once."""
-        recipe, blocks = self.shape.recipe, [[weights] for weights in self.shape.block_weights]
-        trainer = recipe.trainer
+        recipe, trainer = self.shape.recipe, self.shape.recipe.trainer
         wanted = Wanted(precision=trainer.precision, clip=trainer.clip, accumulation=trainer.accumulation)
         zero = deepspeed_json(recipe.deepspeed, wanted)["zero_optimization"]
-        fit_buffers(zero, blocks, [self.shape.outer_weights])
+        blocks = self.shape.block_weights if recipe.memory.shard_blocks else []
+        fit_buffers(zero, [[weights] for weights in blocks], [self.shape.weights - sum(blocks)])
         return min(float(zero["reduce_bucket_size"]), self.shape.weights)
 
     @property
@@ -245,9 +245,7 @@ class ZeroHolding(Holding):
         shape = self.shape
         kept = ("gathered weights", shape.size * sum(shape.block_weights[-2:]))  # from forward, until backward
         outside = shape.size * shape.outer_weights
-        normed = (
-            shape.size * shape.tokens * shape.recipe.model.width
-        )  # what the head took, which is gone with its gradient
+        normed = shape.size * shape.tokens * shape.recipe.model.width  # the head's input, which is gone by then
         head = ("working set", shape.size * self._table - normed)
         yield "loss", [kept]
         yield "weights outside of blocks gathered again", [kept, ("gathered weights", outside)]
@@ -284,9 +282,12 @@ class ZeroHolding(Holding):
     def building(self) -> float:
         shape = self.shape
         if self.stage < 3:
-            made = self.stage > 0 and shape.weights * (shape.size + 4 * self.share * self._here + 4 * self._beside)
-            flat = 2.0 * shape.size * shape.weights * (self.stage > 0)  # beside those that were there
-            return max(4.0 * (shape.weights + self._table), flat, made + 4.0 * self._whole * (shape.size == 2))
+            begun = 4.0 * (shape.weights + self._table)
+            if self.stage == 0:
+                return begun
+            flat = 2.0 * shape.size * shape.weights  # beside those that were there
+            made = shape.weights * (shape.size + 4 * self.share * self._here + 4.0 * self._beside)
+            return max(begun, flat, made + 4.0 * self._whole * (shape.size == 2))
         made = shape.weights * self.share * (shape.size + (4 + 4) * self._here) + 4.0 * self._bucket
         return made + 4.0 * self._whole  # then each part gets its exact values
 

@@ -13,7 +13,9 @@ from functools import lru_cache
 
 from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
-from longtrain.layers.pattern import Layer
+from longtrain.layers.pattern import Layer, takes_strategy
+from longtrain.parallel.attention.choice import possible
+from longtrain.parallel.attention.cost import Heads, estimates, hardware_of
 from longtrain.planning.sizes import Sizes
 
 SECONDS = 600.0  # for the mixers of a recipe; they take about ten
@@ -26,12 +28,12 @@ class Mixing(MixerHeld):
     held: float = 0.0  # keys and values that a ring held last, where nothing is recomputed; else among the results
 
 
-_NOTHING = Mixing(results=0, kept=0, input=0, working=0, ring=0, kept_results=0)
+_NOTHING = Mixing(results=0, remembered=0, kept=0, input=0, working=0, ring=0, kept_results=0)
 
 
 def mixing(sizes: Sizes) -> list[Mixing]:
     """Of each layer."""
-    keys = [None if _counted(layer) else _key(sizes, index) for index, layer in enumerate(sizes.layers)]
+    keys = [None if _counted(sizes, layer) else _key(sizes, index) for index, layer in enumerate(sizes.layers)]
     found = _found(sizes, keys, blocks=False)
     return [_attention(sizes, x) if key is None else found[key] for x, key in zip(sizes.layers, keys, strict=True)]
 
@@ -47,9 +49,26 @@ def blocks(sizes: Sizes) -> list[Mixing]:
 # ---- counted --------------------------------------------------------------------------------------------------------
 
 
-def _counted(layer: Layer) -> bool:
-    """Whether a layer is softmax attention that keeps what such layers keep."""
-    return layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
+def _counted(sizes: Sizes, layer: Layer) -> bool:
+    """Whether a layer is softmax attention that keeps what such layers keep, as a ring."""
+    plain = layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
+    return plain and _strategy(sizes, layer) in (None, "ring")
+
+
+def _strategy(sizes: Sizes, layer: Layer) -> str | None:
+    """How a layer that attends runs on these ranks: what "auto" takes there; None where there is nothing to choose."""
+    options, place, world = layer.options, layer.place, sizes.degrees[1]
+    if world == 1 or not takes_strategy(layer.mixer) or not hasattr(options, "groups"):
+        return None  # keys that stand for chunks of tokens are few, however they travel
+    if options.strategy not in ("auto", "mesh"):
+        return options.strategy
+    width, window = options.key_width(place.width), getattr(options, "window", None)
+    heads = Heads(1, options.heads, options.groups, width, width, sizes.size, getattr(options, "heads_at_once", None))
+    hardware = hardware_of("cpu" if sizes.devices.device.architecture is None else "cuda")
+    window = None if window is None else (window, 0)
+    found = estimates(sizes.shard, sizes.shard, heads, causal=True, window=window, hardware=hardware)
+    best = possible(found, options.strategy, None, ranks=world)[0].strategy
+    return best if options.strategy == "auto" else "mesh"
 
 
 def _attention(sizes: Sizes, layer: Layer) -> Mixing:
@@ -60,6 +79,7 @@ def _attention(sizes: Sizes, layer: Layer) -> Mixing:
     results = size * options.heads * width + 4 * options.heads  # out and lse
     return Mixing(
         results=results,
+        remembered=results,
         held=0.0 if sizes.degrees[1] == 1 else 2.0 * size * options.groups * width,
         kept=kept,
         input=size * layer.place.width,
@@ -112,14 +132,16 @@ def _key(sizes: Sizes, index: int) -> Hashable:
 
 
 def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
-    mixers, recipe = [], sizes.recipe
+    mixers, strategies, recipe = [], [], sizes.recipe
     for index in indices:
         layer, before = sizes.layers[index], sizes.layers[index - 1]
+        strategies.append(_strategy(sizes, layer))
+        chosen = {} if strategies[-1] is None else {"strategy": strategies[-1]}
         takes = layer.mixer.takes_shared(layer.options)
         mixers.append(
             {
                 "name": layer.mixer.name,
-                "options": dataclasses.asdict(layer.options),
+                "options": dataclasses.asdict(layer.options) | chosen,
                 "place": dataclasses.asdict(layer.place),
                 "before": [before.mixer.name, dataclasses.asdict(before.options)] if takes else None,
                 "block": {
@@ -132,8 +154,9 @@ def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
             }
         )
     asked = {
-        # More ranks hold more summaries of runs, which are small. Blocks' may be rings, whose keys travel from 3 on.
-        "world": min(sizes.degrees[1], 4 if blocks else 2),
+        # More ranks hold more summaries of runs, which are small. Blocks' may be rings, whose keys travel from 3 on;
+        # what is gathered grows with the ranks.
+        "world": min(sizes.degrees[1], 4 if blocks else 2) if set(strategies) <= {None, "ring"} else sizes.degrees[1],
         "architecture": sizes.devices.device.architecture,
         "dtype": "bfloat16" if sizes.size == 2 else "float32",
         # Both keep long runs, and mixers hold the same on them.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from longtrain.layers.pattern import Layer, with_strategy
+from longtrain.parallel import SequenceShard
 from longtrain.planning.devices import Devices
 from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
@@ -29,6 +30,23 @@ class Sizes:
         recipe = self.recipe
         layers = with_strategy(recipe.layers, recipe.parallel.strategy, heads_at_once=recipe.memory.attention_heads)
         return recipe_layers(recipe, layers)
+
+    @property
+    def packed(self) -> int:
+        """Tokens of a micro-batch, over the ranks that share it."""
+        return int(self.cu_seqlens[-1])
+
+    @cached_property
+    def shard(self) -> SequenceShard:
+        parallel, sequence = self.recipe.parallel, self.degrees[1]
+        return SequenceShard.pretend(
+            self.packed,
+            rank=0,
+            world=sequence,
+            layout=parallel.layout,
+            cu_seqlens=self.cu_seqlens,
+            rows=parallel.rows,
+        )
 
     @cached_property
     def vocabulary(self) -> int:

@@ -87,7 +87,8 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
             moment.add("working set" if results_away else "kept attention", tokens * shape.blocks[index].results)
             moment.add("working set", tokens * shape.blocks[index].kept)
         elif policy in ("none", "attention") and (not results_away or near):
-            moment.add("working set" if results_away else "kept attention", tokens * mixer.results)
+            results = mixer.results if policy == "none" else mixer.remembered
+            moment.add("working set" if results_away else "kept attention", tokens * results)
         if policy == "none":
             moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
             moment.add("kept attention", tokens * mixer.held)
@@ -103,8 +104,8 @@ def _block_backward(shape: Shape, index: int, name: str) -> _Moment:
     tokens = shape.tokens
     if policy != "none":
         moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
-    if policy == "full":
-        moment.add("kept attention", tokens * mixer.results)
+    again = {"full": mixer.results, "attention": mixer.results - mixer.remembered}
+    moment.add("kept attention", tokens * again.get(policy, 0.0))
     return moment
 
 
@@ -191,7 +192,7 @@ def _activations_away(shape: Shape) -> float:
     total = 0.0
     for mixer, block, policy in zip(shape.mixers, shape.blocks, policies(shape), strict=True):
         inputs, results = _away(shape, policy)
-        kept = block.results + block.kept if policy == "list" else mixer.results
+        kept = block.results + block.kept if policy == "list" else mixer.remembered
         total += each * inputs + shape.tokens * kept * results
     return total
 

@@ -5,7 +5,6 @@ from functools import cached_property
 import numpy as np
 
 from longtrain.layers.pattern import Layer
-from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
@@ -18,23 +17,6 @@ LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 th
 
 class Shape(Sizes):
     """A recipe on so many devices, with all that a step computes, holds and sends, worked out when it is asked for."""
-
-    @property
-    def packed(self) -> int:
-        """Tokens of a micro-batch, over the ranks that share it."""
-        return int(self.cu_seqlens[-1])
-
-    @cached_property
-    def shard(self) -> SequenceShard:
-        parallel, sequence = self.recipe.parallel, self.degrees[1]
-        return SequenceShard.pretend(
-            self.packed,
-            rank=0,
-            world=sequence,
-            layout=parallel.layout,
-            cu_seqlens=self.cu_seqlens,
-            rows=parallel.rows,
-        )
 
     @property
     def tokens(self) -> int:

@@ -9,18 +9,22 @@ Letters as in `longtrain.parallel.attention`; S a block's keys.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from longtrain.kernels import launching
 from longtrain.kernels.intervals import KeyIntervals
 from longtrain.kernels.softmax_attention import attention_backward, attention_forward
 from longtrain.parallel.attention.call import AttentionCall
 from longtrain.parallel.attention.needs import NOTHING, Part
-from longtrain.parallel.attention.plan import RingPlan, Round, ring_plan
+from longtrain.parallel.attention.plan import RingPlan, Round, Stage, ring_plan
 from longtrain.parallel.communication import Exchange, accumulation_dtype
 
 Tensors = Sequence[Tensor]
+Step = TypeVar("Step", Round, Stage)
 
 
 class Links:
@@ -49,6 +53,23 @@ def plan_of(call: AttentionCall) -> RingPlan:
     return call.planned(ring_plan)
 
 
+def _to_visit(plan: RingPlan, device: torch.device) -> RingPlan:
+    """The steps that a loop on this device has to go through: all, or on a pretended card those that hold something new
+    (`launching.visited`): steps over equally many keys hold the same.
+
+    In backward, keys for the next step and gradients of the step before travel beside the third one, and all after it.
+    """
+    if not launching.runs_nothing(device):
+        return plan
+    stages = tuple(replace(stage, rounds=_new(stage.rounds, device)) for stage in _new(plan.stages, device))
+    return replace(plan, stages=stages)
+
+
+def _new(steps: tuple[Step, ...], device: torch.device) -> tuple[Step, ...]:
+    alike = len({step.size for step in steps[1:]}) == 1
+    return tuple(launching.visited(steps, device, first=3)) if alike else steps
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out ``[B, T_w, H, V]`` and lse ``[B, T_w, H]`` in the state dtype, before sinks; and the keys and values held
     last.
@@ -56,7 +77,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     While this rank works on one block, the next one is on its way. In a double ring, the next row's keys are on their
     way during all the rounds of this row's.
     """
-    plan, links = plan_of(call), Links(call)
+    plan, links = _to_visit(plan_of(call), q.device), Links(call)
     state = accumulation_dtype(q.dtype)
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=state, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=state, device=q.device)
@@ -100,7 +121,7 @@ def backward(
     double ring a row's sum goes back to the row that the block came from. held: what `forward` held last, if it was
     kept: it need not travel again. The rounds of a stage run backwards, so that a single ring uses it at once.
     """
-    plan, links = plan_of(call), Links(call)
+    plan, links = _to_visit(plan_of(call), q.device), Links(call)
     dq = torch.zeros(q.shape, dtype=out.dtype, device=q.device)
     own: Tensors = [k.contiguous(), v.contiguous()]
     home = [torch.zeros_like(x, dtype=out.dtype) for x in own]

@@ -97,6 +97,6 @@ def test_tiles_that_repeat_are_left_out_on_pretended_cards(monkeypatch: pytest.M
     tiles, card = list(range(9)), torch.device("meta")
     assert launching.visited(tiles, card) == launching.visited(tiles, CPU) == tiles
     monkeypatch.setattr(launching, "_pretended", ["sm_90"])
-    assert launching.visited(tiles, card) == [0, 1, 8]
+    assert launching.visited(tiles, card) == [0, 1, 8] and launching.visited(tiles, card, first=3) == [0, 1, 2, 8]
     assert launching.visited(tiles[:3], card) == [0, 1, 2] and launching.visited([], card) == []
     assert launching.visited(tiles, CPU) == tiles  # whose numbers may be real

@@ -60,8 +60,8 @@ MUTATIONS = (
     Mutation(
         "dry-run-leaves-out-the-last-tile",
         LAUNCHING,
-        "[*blocks[:2], blocks[-1]] if",
-        "blocks[:2] if",
+        "[*blocks[:first], blocks[-1]] if",
+        "blocks[:first] if",
         (f"{DRY}test_tiles_that_repeat_are_left_out_on_pretended_cards",),
     ),
     Mutation(
@@ -77,6 +77,34 @@ MUTATIONS = (
         "first, last = index <= _near(shape),",
         "first, last = index <= 0,",
         (f"{PLANS}test_no_layer_is_fuller_than_those_that_a_plan_looks_at",),
+    ),
+    Mutation(
+        "plan-of-8-bit-adam-in-float32",
+        HOLDING,
+        'adam = 8.0 if optimizer.adam == "fused" else',
+        'adam = 8.0 if optimizer.adam != "none" else',
+        (f"{PLANS}test_adam_of_8_bits_takes_a_quarter",),
+    ),
+    Mutation(
+        "plan-of-a-list-without-its-operators",
+        MIXING,
+        '"recompute": list(sizes.policy(index)),',
+        '"recompute": ["attention"],',
+        (f"{PLANS}test_lists_of_operators_are_tried_with_the_whole_block",),
+    ),
+    Mutation(
+        "plan-keeps-convolutions-whole",
+        TERMS,
+        'results = mixer.results if policy == "none" else mixer.remembered',
+        "results = mixer.results",
+        (f"{PLANS}test_of_convolutions_the_policy_attention_keeps_next_to_nothing",),
+    ),
+    Mutation(
+        "plan-of-a-ring-whatever-the-strategy",
+        MIXING,
+        'return plain and _strategy(sizes, layer) in (None, "ring")',
+        "return plain",
+        (f"{PLANS}test_strategies_that_exchange_heads_keep_them",),
     ),
     Mutation(
         "plan-of-one-ring-where-there-are-two",

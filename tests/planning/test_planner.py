@@ -178,8 +178,23 @@ def test_no_layer_is_fuller_than_those_that_a_plan_looks_at(recipe: str, devices
     assert max(all_moments) <= terms.memory(shape).total * (1 + 1e-9)
 
 
+def test_of_convolutions_the_policy_attention_keeps_next_to_nothing():
+    changed = ["model.depth=4", "memory.recompute=attention", "memory.offload=none"]
+    planned = plan("hybrid_1b_4m", changed, devices_named("8xh200"))
+    outputs = 4 * planned.shape.tokens * 2048 * 2  # of three scans and one attention, 2048 wide in bfloat16
+    assert outputs < planned.memory.terms["kept attention"] < 1.02 * outputs
+
+
+def test_strategies_that_exchange_heads_keep_them():
+    changed, devices = ["data.length=16384", "layers.pattern=softmax"], devices_named("2xcpu")
+    ring, heads = (plan("quickstart", [*changed, f"parallel.strategy={x}"], devices) for x in ("ring", "ulysses"))
+    kept = [planned.memory.terms["kept attention"] for planned in (ring, heads)]
+    # Beside out: q, k, v and out of all tokens for half the heads; in a ring the keys and values that were held last.
+    assert kept[1] - kept[0] == pytest.approx(4 * ring.shape.tokens * 2 * 64 * 4 * (5 - 3), rel=0.02)
+
+
 def test_an_outer_ring_has_blocks_under_way_beside_the_inner_ones():
-    inner = ["parallel.rows=1", "memory.attention_heads=null"]
+    inner = ["parallel.rows=1", "memory.attention_heads=null", "parallel.strategy=ring"]
     one = plan("llama_8b_15m", inner, devices_named("32xh100"))
     two = plan("llama_8b_15m", inner[1:], devices_named("32xh100"))
     block = 2 * one.shape.tokens * 8 * 128  # numbers of keys and values of 8 heads of 128
