@@ -1,7 +1,8 @@
 """One rank's part of a training step of the real program, and the memory that it holds.
 
 The program is what a training run executes: `build_trainer`, then `train_step`. The optimizer's state is made before,
-zero, as a checkpoint would find it, so that one step shows what every later one holds.
+zero, as a checkpoint would find it, so that one step shows what every later one holds. With DeepSpeed a step before
+does that, since only then its stage 3 knows what to gather ahead.
 """
 
 import time

@@ -14,8 +14,7 @@ from functools import lru_cache
 from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
 from longtrain.layers.pattern import Layer, takes_strategy
-from longtrain.parallel.attention.choice import possible
-from longtrain.parallel.attention.cost import Heads, estimates, hardware_of
+from longtrain.parallel.attention.cost import hardware_of
 from longtrain.planning.sizes import Sizes
 
 SECONDS = 600.0  # for the mixers of a recipe; they take about ten
@@ -57,18 +56,13 @@ def _counted(sizes: Sizes, layer: Layer) -> bool:
 
 def _strategy(sizes: Sizes, layer: Layer) -> str | None:
     """How a layer that attends runs on these ranks: what "auto" takes there; None where there is nothing to choose."""
-    options, place, world = layer.options, layer.place, sizes.degrees[1]
+    options, world = layer.options, sizes.degrees[1]
     if world == 1 or not takes_strategy(layer.mixer) or not hasattr(options, "groups"):
         return None  # keys that stand for chunks of tokens are few, however they travel
     if options.strategy not in ("auto", "mesh"):
         return options.strategy
-    width, window = options.key_width(place.width), getattr(options, "window", None)
-    heads = Heads(1, options.heads, options.groups, width, width, sizes.size, getattr(options, "heads_at_once", None))
     hardware = hardware_of("cpu" if sizes.devices.device.architecture is None else "cuda")
-    window = None if window is None else (window, 0)
-    found = estimates(sizes.shard, sizes.shard, heads, causal=True, window=window, hardware=hardware)
-    best = possible(found, options.strategy, None, ranks=world)[0].strategy
-    return best if options.strategy == "auto" else "mesh"
+    return "mesh" if options.strategy == "mesh" else sizes.estimates(layer, hardware)[0].strategy
 
 
 def _attention(sizes: Sizes, layer: Layer) -> Mixing:

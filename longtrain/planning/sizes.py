@@ -8,6 +8,8 @@ import numpy as np
 
 from longtrain.layers.pattern import Layer, with_strategy
 from longtrain.parallel import SequenceShard
+from longtrain.parallel.attention.choice import possible
+from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
 from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
@@ -47,6 +49,16 @@ class Sizes:
             cu_seqlens=self.cu_seqlens,
             rows=parallel.rows,
         )
+
+    def estimates(self, layer: Layer, hardware: Hardware) -> list[Estimate]:
+        """What each strategy that the layer's attention may take costs on such hardware, the shortest first."""
+        options = layer.options
+        width, window = options.key_width(layer.place.width), getattr(options, "window", None)
+        at_once = getattr(options, "heads_at_once", None)
+        heads = Heads(1, options.heads, options.groups, width, width, self.size, at_once)
+        window = None if window is None else (window, 0)
+        found = estimates(self.shard, self.shard, heads, causal=True, window=window, hardware=hardware)
+        return possible(found, options.strategy, None, ranks=self.shard.world) or found
 
     @cached_property
     def vocabulary(self) -> int:

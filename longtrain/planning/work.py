@@ -5,8 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from longtrain.layers.pattern import Layer
-from longtrain.parallel.attention.choice import possible
-from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
+from longtrain.parallel.attention.cost import Estimate, Hardware
 from longtrain.planning.devices import Devices
 from longtrain.planning.mixing import Mixing, blocks, mixing
 from longtrain.planning.sizes import Sizes
@@ -101,15 +100,9 @@ class Shape(Sizes):
 
     def attention(self, layer: Layer) -> Estimate | None:
         """What attention of a layer costs on the slowest rank, forward and backward; None for other mixers."""
-        options = layer.options
         if layer.mixer.name not in ("softmax", "sliding_window"):
             return None
-        width = options.key_width(layer.place.width)
-        sizes = Heads(1, options.heads, options.groups, width, width, self.size, options.heads_at_once)
-        window = None if options.window is None else (options.window, 0)
-        found = estimates(self.shard, self.shard, sizes, causal=True, window=window, hardware=self.hardware)
-        named = possible(found, options.strategy, None, ranks=self.shard.world)
-        return min(named or found, key=lambda row: row.seconds)
+        return self.estimates(layer, self.hardware)[0]
 
 
 def documents(recipe: Recipe, devices: Devices) -> np.ndarray:

@@ -11,6 +11,9 @@ from longtrain.dry_run import TERMS
 from longtrain.dry_run.modes import Fakes, Program
 from longtrain.dry_run.tracker import Term, Tracker
 from longtrain.kernels import causal_conv1d, launching, linear_cross_entropy, softmax_attention
+from longtrain.parallel import SequenceShard
+from longtrain.parallel.attention import ring
+from longtrain.parallel.attention.plan import ring_plan
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -100,3 +103,18 @@ def test_tiles_that_repeat_are_left_out_on_pretended_cards(monkeypatch: pytest.M
     assert launching.visited(tiles, card) == [0, 1, 8] and launching.visited(tiles, card, first=3) == [0, 1, 2, 8]
     assert launching.visited(tiles[:3], card) == [0, 1, 2] and launching.visited([], card) == []
     assert launching.visited(tiles, CPU) == tiles  # whose numbers may be real
+
+
+def test_steps_of_a_ring_that_repeat_are_left_out_on_pretended_cards(monkeypatch: pytest.MonkeyPatch):
+    card = torch.device("meta")
+
+    def senders(length: int, device: torch.device) -> list[int]:
+        shard = SequenceShard.pretend(length, rank=0, world=8, layout="zigzag")
+        (stage,) = ring._to_visit(ring_plan(shard, shard, causal=True, window=None, degree=1), device).stages
+        return [step.sender for step in stage.rounds]
+
+    every = [0, 7, 6, 5, 4, 3, 2, 1]
+    assert senders(1024, card) == every
+    monkeypatch.setattr(launching, "_pretended", ["sm_90"])
+    assert senders(1024, card) == [0, 7, 6, 1]  # the third one has both on their way, keys and gradients
+    assert senders(1024, CPU) == senders(1001, card) == every  # with uneven shards steps differ

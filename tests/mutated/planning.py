@@ -65,6 +65,13 @@ MUTATIONS = (
         (f"{DRY}test_tiles_that_repeat_are_left_out_on_pretended_cards",),
     ),
     Mutation(
+        "dry-run-of-a-ring-without-its-third-step",
+        "parallel/attention/ring.py",
+        "launching.visited(steps, device, first=3)",
+        "launching.visited(steps, device)",
+        (f"{DRY}test_steps_of_a_ring_that_repeat_are_left_out_on_pretended_cards",),
+    ),
+    Mutation(
         "plan-of-one-long-document",
         WORK,
         "np.arange(each + 1, dtype=np.int64) * recipe.data.length",
