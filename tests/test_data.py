@@ -90,7 +90,8 @@ def test_sequences_are_what_a_token_by_token_account_says(contents: list[bytes],
         assert sorted(order) == list(range(len(contents)))
         expected = account(contents, order, length)
         assert len(made) == len(expected)
-        for sequence, (tokens, labels, cu_seqlens) in zip(made, expected, strict=True):
+        for i, (sequence, (tokens, labels, cu_seqlens)) in enumerate(zip(made, expected, strict=True)):
+            assert sequences.boundaries(epoch * len(sequences) + i).tolist() == cu_seqlens
             assert sequence.tokens.tolist() == tokens
             assert sequence.labels.tolist() == labels
             assert sequence.cu_seqlens.tolist() == cu_seqlens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longtrain.data.build import SOURCES, DataConfig, build_data, check_data, vocabulary_of
+from longtrain.data.build import SOURCES, DataConfig, build_data, check_data, text_documents, vocabulary_of
 from longtrain.data.documents import BytesDocuments, Documents, FileDocuments, TextFile, split_held_out
 from longtrain.data.generated import GeneratedSequences
 from longtrain.data.packing import PackedSequence, PackedSequences, Sequences
@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "split_held_out",
     "stdlib_files",
+    "text_documents",
     "text_files",
     "vocabulary_of",
 ]

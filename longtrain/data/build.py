@@ -81,16 +81,25 @@ def build_data(config: DataConfig, *, seed: int) -> tuple[Sequences, Sequences]:
     if config.source in _TASKS:
         make = _TASKS[config.source][0]
         return make(config, seed), make(config, None)
-    files = stdlib_files() if config.source == "stdlib" else text_files(config.path or "")
-    training, held_out = split_held_out(files, config.held_out)
+    training, held_out = text_documents(config.source, config.path, config.held_out)
     sequences = (
-        PackedSequences(FileDocuments(training), config.length, seed=seed),
-        PackedSequences(FileDocuments(held_out), config.length, seed=None),
+        PackedSequences(training, config.length, seed=seed),
+        PackedSequences(held_out, config.length, seed=None),
     )
     for name, side in zip(("training", "held-out"), sequences, strict=True):
         if len(side) == 0:
             raise UsageError(_too_little(name, side, min(sequences[0].tokens, sequences[1].tokens), config))
     return sequences
+
+
+def text_documents(source: str, path: str | None, held_out: float) -> tuple[FileDocuments, FileDocuments]:
+    """(training, held-out) files of a source of text, "stdlib" or "text"; the others are `DataConfig`'s keys.
+
+    Raises `UsageError` for text that is missing or unreadable.
+    """
+    files = stdlib_files() if source == "stdlib" else text_files(path or "")
+    training, kept = split_held_out(files, held_out)
+    return FileDocuments(training), FileDocuments(kept)
 
 
 def vocabulary_of(config: DataConfig) -> int:

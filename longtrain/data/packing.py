@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,35 +122,41 @@ class PackedSequences:
 
     def sequence(self, index: int) -> PackedSequence:
         """Make sequence `index` from 0; the count goes on over the epochs."""
-        if index < 0 or len(self) == 0:
-            raise ValueError(f"index: got {index}, expected 0 or more, of data with one sequence at least")
-        epoch, place = divmod(index, len(self))
-        order, ends = self._lay_out(epoch)
-        start, stop = place * self.length, (place + 1) * self.length
-
         tokens = np.empty(self.length, dtype=np.int64)
         labels = np.empty(self.length, dtype=np.int64)
         boundaries = [0]
-        slot = int(np.searchsorted(ends, start, side="right"))
-        filled = 0
-        while filled < self.length:
-            document = int(order[slot])
-            size = int(self.documents.sizes[document])
-            begin = int(ends[slot]) - size - 1
+        for document, first, last in self._parts(index):
             # This part of the document is the tokens [first, last) of its size + 1; token i + 1 is byte i.
-            first, last = max(start - begin, 0), min(stop - begin, size + 1)
+            size = int(self.documents.sizes[document])
             read_from = max(first - 1, 0)
             content = self.documents.read(document, read_from, min(last, size)).astype(np.int64)
-            here = slice(filled, filled + last - first)
+            here = slice(boundaries[-1], boundaries[-1] + last - first)
             # One token before and one after what was read: the row that both tokens and labels are cut from.
             row = np.concatenate(([BOUNDARY], content, [BOUNDARY]))
             skip = 1 if first > 0 else 0
             tokens[here] = row[skip : skip + last - first]
             labels[here] = row[skip + 1 : skip + 1 + last - first]
-            filled += last - first
-            boundaries.append(filled)
-            slot += 1
+            boundaries.append(here.stop)
         return PackedSequence(tokens, labels, np.array(boundaries, dtype=np.int64))
+
+    def boundaries(self, index: int) -> np.ndarray:
+        """`cu_seqlens` of sequence `index`, without reading a file."""
+        sizes = [last - first for _, first, last in self._parts(index)]
+        return np.cumsum([0, *sizes], dtype=np.int64)
+
+    def _parts(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """The documents in sequence `index`, and which tokens [first, last) of each."""
+        if index < 0 or len(self) == 0:
+            raise ValueError(f"index: got {index}, expected 0 or more, of data with one sequence at least")
+        epoch, place = divmod(index, len(self))
+        order, ends = self._lay_out(epoch)
+        start, stop = place * self.length, (place + 1) * self.length
+        slot = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            document, end = int(order[slot]), min(int(ends[slot]), stop)
+            begin = int(ends[slot]) - int(self.documents.sizes[document]) - 1
+            yield document, start - begin, end - begin
+            start, slot = end, slot + 1
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch and where each ends; the last one asked for is kept."""

@@ -8,6 +8,7 @@ the trainer's, on the decoder that a training run would build, with every alloca
 code too), optimizer and operators; kernels are left out. What allocators round up or waste is not in it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 TERMS = (
@@ -38,20 +39,19 @@ class Held:
 
 @dataclass(frozen=True)
 class MixerHeld:
-    """Bytes for each token of a rank that a mixer's forward and backward pass hold, beside weights, y and dy.
+    """Bytes that a mixer's forward and backward pass hold, beside weights, their gradients, y and dy.
 
-    Or a whole block's, which computes again what its policy does not keep; dy is in `working` then.
+    Its policy says what is computed again when backward starts. Or a whole block's; dy is in `working` then.
     """
 
-    results: float  # of operators over ranks, where all are kept
-    remembered: float  # of them what recompute keeps under the policy `attention`
-    kept: float  # what else it keeps for backward, beside
+    remembered: float  # results of operators over ranks, from forward until backward,
+    between: float  # and all else that is held until then
+    results: float  # results of operators over ranks when backward starts, some of them computed again,
+    kept: float  # what else is held for it then, beside
     input: float  # x, which it may keep or not
     working: float  # at the fullest moment of backward: what is neither of the others,
     ring: float  # what operators over ranks hold inside,
     kept_results: float  # and their results
 
     def __post_init__(self) -> None:
-        assert (
-            min(self.results, self.remembered, self.kept, self.input, self.working, self.ring, self.kept_results) >= 0
-        )
+        assert min(dataclasses.astuple(self)) >= 0

@@ -41,6 +41,10 @@ def run_block(
     with nullcontext() if store is None else store.next_layer():
         # Inside, torch's checkpoint saves its tensor arguments first and then has hooks of its own for the block.
         result = checkpoint(block, x, *rest, use_reentrant=False, **contexts)
+    if isinstance(
+        result, tuple
+    ):  # the next block keeps these: copies, for a part of a larger tensor would hold all of it
+        result = tuple(z.contiguous() for z in result)
     return cast(Result, result)
 
 

@@ -51,9 +51,13 @@ class Holding(ABC):
         """Whether a block's gradient is held until its backward has ended."""
         return False
 
-    def loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-        """The moments between forward and the last block's backward, each with what it holds beside."""
-        yield "loss", []
+    def loss(self) -> list[tuple[str, float]]:
+        """What is held beside the loss, term by term."""
+        return []
+
+    def after_loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        """The moments between the loss and the last block's backward by name, each with what it holds beside."""
+        yield from ()
 
     @abstractmethod
     def waiting(self, gradients: float) -> float:
@@ -238,18 +242,20 @@ class ZeroHolding(Holding):
     def hooked(self) -> bool:
         return self.stage == 3
 
-    def loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    def loss(self) -> list[tuple[str, float]]:
         if self.stage < 3:
-            yield "loss", []
+            return []
+        return [("gathered weights", self.shape.size * sum(self.shape.block_weights[-2:]))]  # until their backward
+
+    def after_loss(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        if self.stage < 3:
             return
-        shape = self.shape
-        kept = ("gathered weights", shape.size * sum(shape.block_weights[-2:]))  # from forward, until backward
+        shape, kept = self.shape, self.loss()
         outside = shape.size * shape.outer_weights
         normed = shape.size * shape.tokens * shape.recipe.model.width  # the head's input, which is gone by then
         head = ("working set", shape.size * self._table - normed)
-        yield "loss", [kept]
-        yield "weights outside of blocks gathered again", [kept, ("gathered weights", outside)]
-        yield "gradient of the head summed", [kept, head, ("gathered weights", self._copied)]
+        yield "weights outside of blocks gathered again", [*kept, ("gathered weights", outside)]
+        yield "gradient of the head summed", [*kept, head, ("gathered weights", self._copied)]
 
     @property
     def _copied(self) -> float:

@@ -1,4 +1,4 @@
-"""Bytes for each token that each layer's mixer holds: counted for softmax attention, tried for all others.
+"""Bytes that each layer's mixer holds, over the tokens of a rank: counted for softmax attention, tried for all others.
 
 A mixer's tensors are its own affair, and a new one is one file that no planner knows. So each runs once, forward and
 backward, on a pretended device in a process of its own (`longtrain.dry_run.mixers`): some seconds for all mixers of a
@@ -8,39 +8,32 @@ recipe, kept for the plans that follow, of other lengths too.
 import dataclasses
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
-from longtrain.layers.pattern import Layer, takes_strategy
+from longtrain.layers.pattern import Layer, hands_on, takes_strategy
 from longtrain.parallel.attention.cost import hardware_of
 from longtrain.planning.sizes import Sizes
 
 SECONDS = 600.0  # for the mixers of a recipe; they take about ten
 
 
-@dataclass(frozen=True)
-class Mixing(MixerHeld):
-    """Bytes for each token of a rank."""
-
-    held: float = 0.0  # keys and values that a ring held last, where nothing is recomputed; else among the results
+_Pass = tuple[int, MixerHeld]  # tokens of a rank, and bytes
+_NOTHING = MixerHeld(*[0.0] * len(dataclasses.fields(MixerHeld)))
 
 
-_NOTHING = Mixing(results=0, remembered=0, kept=0, input=0, working=0, ring=0, kept_results=0)
-
-
-def mixing(sizes: Sizes) -> list[Mixing]:
-    """Of each layer."""
+def mixing(sizes: Sizes) -> list[MixerHeld]:
+    """Of each layer; as if it kept everything where a list of operators is kept."""
     keys = [None if _counted(sizes, layer) else _key(sizes, index) for index, layer in enumerate(sizes.layers)]
     found = _found(sizes, keys, blocks=False)
-    return [_attention(sizes, x) if key is None else found[key] for x, key in zip(sizes.layers, keys, strict=True)]
+    return [_attention(sizes, n) if key is None else found[key] for n, key in enumerate(keys)]
 
 
-def blocks(sizes: Sizes) -> list[Mixing]:
+def blocks(sizes: Sizes) -> list[MixerHeld]:
     """Of each layer's whole block where a list of operators is kept of it, which may come from anywhere in it."""
     policies = [sizes.policy(index) for index in range(len(sizes.layers))]
-    keys = [None if isinstance(x, str) else (_key(sizes, n), tuple(x)) for n, x in enumerate(policies)]
+    keys = [None if isinstance(policy, str) else _key(sizes, index) for index, policy in enumerate(policies)]
     found = _found(sizes, keys, blocks=True)
     return [_NOTHING if key is None else found[key] for key in keys]
 
@@ -49,9 +42,10 @@ def blocks(sizes: Sizes) -> list[Mixing]:
 
 
 def _counted(sizes: Sizes, layer: Layer) -> bool:
-    """Whether a layer is softmax attention that keeps what such layers keep, as a ring."""
+    """Whether a layer is softmax attention that keeps what such layers keep, as a ring of whole blocks."""
     plain = layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
-    return plain and _strategy(sizes, layer) in (None, "ring")
+    strategy = _strategy(sizes, layer)
+    return plain and (strategy is None or (strategy == "ring" and layer.options.window is None))
 
 
 def _strategy(sizes: Sizes, layer: Layer) -> str | None:
@@ -62,21 +56,26 @@ def _strategy(sizes: Sizes, layer: Layer) -> str | None:
     if options.strategy not in ("auto", "mesh"):
         return options.strategy
     hardware = hardware_of("cpu" if sizes.devices.device.architecture is None else "cuda")
-    return "mesh" if options.strategy == "mesh" else sizes.estimates(layer, hardware)[0].strategy
+    if options.strategy == "mesh":
+        return "mesh"
+    return sizes.estimates(layer, sizes.first_shard, hardware)[0].strategy
 
 
-def _attention(sizes: Sizes, layer: Layer) -> Mixing:
+def _attention(sizes: Sizes, index: int) -> MixerHeld:
     """Exact: q and out, k and v, and k before it was turned."""
-    options, size = layer.options, sizes.size
+    layer, size, policy = sizes.layers[index], sizes.size, _policy(sizes, index)
+    options = layer.options
     width = options.key_width(layer.place.width)
-    kept = size * width * (2 * options.heads + 3 * options.groups)
+    kept, x = size * width * (2 * options.heads + 3 * options.groups), size * layer.place.width
     results = size * options.heads * width + 4 * options.heads  # out and lse
-    return Mixing(
+    if policy == "none" and sizes.degrees[1] > 1:  # keys and values that a ring held last
+        results += 2.0 * size * options.groups * width
+    return MixerHeld(
+        remembered=0.0 if policy == "full" else results,
+        between=kept + x if policy == "none" else 0.0,
         results=results,
-        remembered=results,
-        held=0.0 if sizes.degrees[1] == 1 else 2.0 * size * options.groups * width,
         kept=kept,
-        input=size * layer.place.width,
+        input=x,
         working=kept + size * options.heads * width,  # dout
         ring=_ring(sizes, layer),
         kept_results=results,
@@ -106,12 +105,26 @@ def _ring(sizes: Sizes, layer: Layer) -> float:
 # ---- tried ----------------------------------------------------------------------------------------------------------
 
 
-def _found(sizes: Sizes, keys: Sequence[Hashable], *, blocks: bool) -> dict[Hashable, Mixing]:
+def _found(sizes: Sizes, keys: Sequence[Hashable], *, blocks: bool) -> dict[Hashable, MixerHeld]:
     """What each of the keys, one for each layer, stands for; None for what is not asked."""
     tried = [key for key in dict.fromkeys(keys) if key is not None]
     if not tried:
         return {}
-    return dict(zip(tried, _tried(_asked(sizes, [keys.index(key) for key in tried], blocks=blocks)), strict=True))
+    passes = _tried(_asked(sizes, [keys.index(key) for key in tried], blocks=blocks))
+    return {key: _for_each_token(sizes.tokens, *each) for key, each in zip(tried, passes, strict=True)}
+
+
+def _for_each_token(tokens: int, few: _Pass, many: _Pass) -> MixerHeld:
+    """With so many tokens, on the line through two passes: what does not grow with the tokens is spread over them."""
+    along = (tokens - few[0]) / (many[0] - few[0])
+    ends = zip(dataclasses.astuple(few[1]), dataclasses.astuple(many[1]), strict=True)
+    return MixerHeld(*(max(0.0, a + along * (b - a)) / tokens for a, b in ends))
+
+
+def _policy(sizes: Sizes, index: int) -> str:
+    """A layer's, for its mixer alone."""
+    policy = sizes.policy(index)
+    return policy if isinstance(policy, str) else "none"
 
 
 def _key(sizes: Sizes, index: int) -> Hashable:
@@ -121,8 +134,14 @@ def _key(sizes: Sizes, index: int) -> Hashable:
     """
     layer = sizes.layers[index]
     takes = layer.mixer.takes_shared(layer.options)
-    before = sizes.layers[index - 1].name if takes else None
-    return layer.name, index == 0, before
+    before = (sizes.layers[index - 1].name, _held_here(sizes, index)) if takes else None
+    return layer.name, index == 0, before, hands_on(sizes.layers)[index]
+
+
+def _held_here(sizes: Sizes, index: int) -> bool:
+    """Whether it is the layer's doing that what it takes is still there: layers that keep all keep what they made."""
+    before = sizes.layers[index - 1]
+    return _policy(sizes, index - 1) != "none" and not before.mixer.takes_shared(before.options)
 
 
 def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
@@ -131,20 +150,20 @@ def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
         layer, before = sizes.layers[index], sizes.layers[index - 1]
         strategies.append(_strategy(sizes, layer))
         chosen = {} if strategies[-1] is None else {"strategy": strategies[-1]}
-        takes = layer.mixer.takes_shared(layer.options)
+        giver = {
+            "name": before.mixer.name,
+            "options": dataclasses.asdict(before.options),
+            "held": _held_here(sizes, index),
+        }
         mixers.append(
             {
                 "name": layer.mixer.name,
                 "options": dataclasses.asdict(layer.options) | chosen,
                 "place": dataclasses.asdict(layer.place),
-                "before": [before.mixer.name, dataclasses.asdict(before.options)] if takes else None,
-                "block": {
-                    "hidden": recipe.model.hidden,
-                    "tile": recipe.memory.tile,
-                    "recompute": list(sizes.policy(index)),
-                }
-                if blocks
-                else None,
+                "before": giver if layer.mixer.takes_shared(layer.options) else None,
+                "hands_on": hands_on(sizes.layers)[index],
+                "recompute": sizes.policy(index) if blocks else _policy(sizes, index),
+                "block": {"hidden": recipe.model.hidden, "tile": recipe.memory.tile} if blocks else None,
             }
         )
     asked = {
@@ -161,6 +180,7 @@ def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
 
 
 @lru_cache(maxsize=256)
-def _tried(asked: str) -> tuple[Mixing, ...]:
+def _tried(asked: str) -> tuple[tuple[_Pass, _Pass], ...]:
     line = printed("longtrain.dry_run.mixers", [asked], what="the mixers", timeout=SECONDS)
-    return tuple(Mixing(**each) for each in json.loads(line))
+    found = [[(tokens, MixerHeld(**held)) for tokens, held in passes] for passes in json.loads(line)]
+    return tuple((few, many) for few, many in found)

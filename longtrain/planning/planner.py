@@ -7,10 +7,11 @@ from functools import cached_property
 from longtrain.config import compose
 from longtrain.errors import UsageError
 from longtrain.planning.devices import Devices
+from longtrain.planning.documents import longest_documents
 from longtrain.planning.holding import holding
 from longtrain.planning.roofline import Times, times
 from longtrain.planning.terms import CONTEXT, MARGIN, Memory, memory
-from longtrain.planning.work import Shape, documents
+from longtrain.planning.work import Shape
 from longtrain.recipe import Recipe
 
 
@@ -98,7 +99,7 @@ def plan(name: str, overrides: Sequence[str], devices: Devices) -> Plan:
     """
     # How many processes a launch starts is for the devices of the plan to say.
     recipe = compose(name, [*overrides, "launch.processes=null"])
-    return Plan(Shape(recipe, devices, documents(recipe, devices)))
+    return Plan(Shape(recipe, devices, longest_documents(recipe, devices)))
 
 
 def changes(name: str, overrides: Sequence[str], devices: Devices) -> list[Change]:

@@ -23,7 +23,7 @@ def kept_mixers(shape: Shape) -> list[bool]:
     kept = []
     for index, policy in enumerate(policies(shape)):
         if policy == "list":  # its largest results are those of attention and scans
-            kept.append(shape.blocks[index].results > shape.mixers[index].results / 2)
+            kept.append(shape.blocks[index].remembered > shape.mixers[index].results / 2)
         else:
             kept.append(policy != "full")
     return kept

@@ -11,6 +11,7 @@ from longtrain.parallel import SequenceShard
 from longtrain.parallel.attention.choice import possible
 from longtrain.parallel.attention.cost import Estimate, Hardware, Heads, estimates
 from longtrain.planning.devices import Devices
+from longtrain.planning.documents import first_documents
 from longtrain.recipe import Recipe, degrees, model_vocabulary, recipe_layers
 
 
@@ -40,25 +41,39 @@ class Sizes:
 
     @cached_property
     def shard(self) -> SequenceShard:
+        """Of the documents that are planned with."""
+        return self._shard(self.cu_seqlens)
+
+    @cached_property
+    def first_shard(self) -> SequenceShard:
+        """Of the run's first micro-batch, for which it chooses as for those that follow."""
+        return self._shard(first_documents(self.recipe, self.devices))
+
+    def _shard(self, cu_seqlens: np.ndarray) -> SequenceShard:
         parallel, sequence = self.recipe.parallel, self.degrees[1]
         return SequenceShard.pretend(
             self.packed,
             rank=0,
             world=sequence,
             layout=parallel.layout,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             rows=parallel.rows,
         )
 
-    def estimates(self, layer: Layer, hardware: Hardware) -> list[Estimate]:
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on the rank that holds most, and its copy of the meta tokens."""
+        return max(self.shard.lengths) + self.recipe.model.meta_tokens
+
+    def estimates(self, layer: Layer, shard: SequenceShard, hardware: Hardware) -> list[Estimate]:
         """What each strategy that the layer's attention may take costs on such hardware, the shortest first."""
         options = layer.options
         width, window = options.key_width(layer.place.width), getattr(options, "window", None)
         at_once = getattr(options, "heads_at_once", None)
         heads = Heads(1, options.heads, options.groups, width, width, self.size, at_once)
         window = None if window is None else (window, 0)
-        found = estimates(self.shard, self.shard, heads, causal=True, window=window, hardware=hardware)
-        return possible(found, options.strategy, None, ranks=self.shard.world) or found
+        found = estimates(shard, shard, heads, causal=True, window=window, hardware=hardware)
+        return possible(found, options.strategy, None, ranks=shard.world) or found
 
     @cached_property
     def vocabulary(self) -> int:

@@ -83,15 +83,13 @@ def _start(shape: Shape, name: str, *, layers: int) -> _Moment:
         if not input_away or near:
             ahead = input_away and index < layers - 1
             moment.add("working set" if ahead else "layer inputs", tokens * size * width)
-        if policy == "list" and (not results_away or near):
-            moment.add("working set" if results_away else "kept attention", tokens * shape.blocks[index].results)
-            moment.add("working set", tokens * shape.blocks[index].kept)
-        elif policy in ("none", "attention") and (not results_away or near):
-            results = mixer.results if policy == "none" else mixer.remembered
-            moment.add("working set" if results_away else "kept attention", tokens * results)
+        held, listed = (shape.blocks[index], True) if policy == "list" else (mixer, False)
+        if not results_away or near:
+            moment.add("working set" if results_away else "kept attention", tokens * held.remembered)
+        if not (listed and results_away) or near:
+            moment.add("working set", tokens * held.between)
         if policy == "none":
-            moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
-            moment.add("kept attention", tokens * mixer.held)
+            moment.add("working set", tokens * _kept(shape))
     moment.add("working set", tokens * _LABELS)
     moment.add("ring buffers", tokens * _ENDS * (shape.degrees[1] - 1))
     return moment
@@ -102,10 +100,9 @@ def _block_backward(shape: Shape, index: int, name: str) -> _Moment:
     moment = _start(shape, f"{name} of layer {index + 1} of {count}, backward", layers=index + 1)
     holding(shape).block(index, moment.add)
     tokens = shape.tokens
-    if policy != "none":
-        moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept))
-    again = {"full": mixer.results, "attention": mixer.results - mixer.remembered}
-    moment.add("kept attention", tokens * again.get(policy, 0.0))
+    if policy != "none":  # computed again
+        moment.add("working set", tokens * (_kept(shape) + mixer.input + mixer.kept - mixer.between))
+        moment.add("kept attention", tokens * (mixer.results - mixer.remembered))
     return moment
 
 
@@ -144,26 +141,25 @@ def _tried_backward(shape: Shape, index: int) -> _Moment:
     name, model, block = f"layer {index + 1} of {len(shape.layers)}", shape.recipe.model, shape.blocks[index]
     moment = _start(shape, f"{name}, backward", layers=index + 1)
     holding(shape).block(index, moment.add)
-    moment.add("working set", shape.tokens * (block.working - block.kept))
-    moment.add("kept attention", shape.tokens * (block.kept_results - block.results))
+    moment.add("working set", shape.tokens * (block.working - block.between))
+    moment.add("kept attention", shape.tokens * (block.kept_results - block.remembered))
     moment.add("ring buffers", shape.tokens * block.ring)
     moment.add("working set", holding(shape).waiting(3 * model.width * model.hidden + shape.out_weights[index]))
     return moment
 
 
 def _loss(shape: Shape) -> Iterator[_Moment]:
-    for name, terms in holding(shape).loss():
-        moment, model = _start(shape, f"{name}, backward", layers=len(shape.layers)), shape.recipe.model
+    model, tokens, vocabulary = shape.recipe.model, shape.tokens, shape.vocabulary
+    rows, columns = min(tokens, _LOSS_TILE), min(vocabulary, _LOSS_TILE)
+    tile = rows * columns * (4 if shape.size == 4 else 6)
+    gradients = shape.size * model.width * (tokens + vocabulary)
+    wide = 4 * model.width * min(tokens, vocabulary) if shape.size == 2 else 0
+    loss = [*holding(shape).loss(), ("loss", tile + gradients + wide)]
+    for name, terms in (("loss", loss), *holding(shape).after_loss()):
+        moment = _start(shape, f"{name}, backward", layers=len(shape.layers))
         for term, size in terms:
             moment.add(term, size)
-        tokens, vocabulary = shape.tokens, shape.vocabulary
         moment.add("working set", 2 * tokens * shape.size * model.width)  # what left the blocks, and its norm
-        if name == "loss":
-            rows, columns = min(tokens, _LOSS_TILE), min(vocabulary, _LOSS_TILE)
-            moment.add("loss", rows * columns * (4 if shape.size == 4 else 6))
-            moment.add("loss", shape.size * model.width * (tokens + vocabulary))  # the two gradients
-            if shape.size == 2:
-                moment.add("loss", 4 * model.width * min(tokens, vocabulary))
         yield moment
 
 
@@ -192,7 +188,7 @@ def _activations_away(shape: Shape) -> float:
     total = 0.0
     for mixer, block, policy in zip(shape.mixers, shape.blocks, policies(shape), strict=True):
         inputs, results = _away(shape, policy)
-        kept = block.results + block.kept if policy == "list" else mixer.remembered
+        kept = block.remembered + block.between if policy == "list" else mixer.remembered
         total += each * inputs + shape.tokens * kept * results
     return total
 

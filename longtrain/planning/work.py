@@ -2,25 +2,17 @@
 
 from functools import cached_property
 
-import numpy as np
-
+from longtrain.dry_run import MixerHeld
 from longtrain.layers.pattern import Layer
 from longtrain.parallel.attention.cost import Estimate, Hardware
-from longtrain.planning.devices import Devices
-from longtrain.planning.mixing import Mixing, blocks, mixing
+from longtrain.planning.mixing import blocks, mixing
 from longtrain.planning.sizes import Sizes
-from longtrain.recipe import Recipe, degrees
 
 LATENCY = 2e-5  # seconds that a message takes to start between devices; 3e-4 through gloo
 
 
 class Shape(Sizes):
     """A recipe on so many devices, with all that a step computes, holds and sends, worked out when it is asked for."""
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch, on the rank that holds most, and its copy of the meta tokens."""
-        return max(self.shard.lengths) + self.recipe.model.meta_tokens
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -50,12 +42,12 @@ class Shape(Sizes):
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def blocks(self) -> list[Mixing]:
+    def blocks(self) -> list[MixerHeld]:
         """What each layer's block holds for each token where its policy is a list of operators; 0 of all others."""
         return blocks(self)
 
     @cached_property
-    def mixers(self) -> list[Mixing]:
+    def mixers(self) -> list[MixerHeld]:
         """What each layer's mixer holds for each token."""
         return mixing(self)
 
@@ -102,14 +94,4 @@ class Shape(Sizes):
         """What attention of a layer costs on the slowest rank, forward and backward; None for other mixers."""
         if layer.mixer.name not in ("softmax", "sliding_window"):
             return None
-        return self.estimates(layer, self.hardware)[0]
-
-
-def documents(recipe: Recipe, devices: Devices) -> np.ndarray:
-    """Boundaries of a micro-batch that is planned with: each sequence one document, the most work that can come.
-
-    How real text is packed is known only from the text; shorter documents need less time and no more memory.
-    """
-    data, _ = degrees(recipe, devices.count)
-    each = max(1, recipe.trainer.sequences // (data * recipe.trainer.accumulation))
-    return np.arange(each + 1, dtype=np.int64) * recipe.data.length
+        return self.estimates(layer, self.shard, self.hardware)[0]

@@ -79,6 +79,18 @@ def test_what_is_kept_is_given_back_once() -> None:
         losses.sum().backward()
 
 
+def test_what_a_block_hands_on_holds_nothing_else() -> None:
+    def block(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = x.sin() * 2
+        return whole.sum(-1), whole[:, :2], whole[:, 2:3].exp()
+
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    results = run_block(block, x, policy=layer_policies("full", ["softmax"])[0])
+    assert [z.untyped_storage().nbytes() for z in results] == [8 * z.numel() for z in results] == [40, 80, 40]
+    dy = [torch.randn_like(z) for z in results]
+    assert torch.equal(*(torch.autograd.grad(made, x, dy)[0] for made in (results, block(x))))
+
+
 def test_without_gradients_nothing_is_recorded() -> None:
     model, shard = model_of(with_policy("attention"), pattern=("softmax", "gla")), SequenceShard(5)
     tokens = torch.arange(5)[None]

@@ -19,6 +19,13 @@ AHEAD = "tests/memory/test_offload.py::test_copies_come_back_ahead_of_their_use_
 
 MUTATIONS = (
     Mutation(
+        "recompute-hands-on-parts-of-what-is-larger",
+        RUNS,
+        "tuple(z.contiguous() for z in result)",
+        "tuple(result)",
+        (RECOMPUTE + "test_what_a_block_hands_on_holds_nothing_else",),
+    ),
+    Mutation(
         "tiles-lose-the-residuals-gradient",
         MLP,
         "torch.add(part, dy[rows], out=dx[rows])",

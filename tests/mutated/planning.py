@@ -3,7 +3,7 @@
 from tests.mutated.mutation import Mutation
 
 MODES, TRACKER = "longtrain/dry_run/modes.py", "longtrain/dry_run/tracker.py"
-HOLDING, WORK, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "work", "planner"))
+HOLDING, DOCUMENTS, PLANNER = (f"longtrain/planning/{name}.py" for name in ("holding", "documents", "planner"))
 TERMS, MIXING, LAUNCHING = "longtrain/planning/terms.py", "longtrain/planning/mixing.py", "kernels/launching.py"
 DRY, PLANS = "tests/dry_run/test_modes.py::", "tests/planning/test_planner.py::"
 AGAINST = "tests/planning/test_against_dry_runs.py::test_plans_are_what_dry_runs_hold"
@@ -73,9 +73,9 @@ MUTATIONS = (
     ),
     Mutation(
         "plan-of-one-long-document",
-        WORK,
-        "np.arange(each + 1, dtype=np.int64) * recipe.data.length",
-        "np.array([0, each], dtype=np.int64) * recipe.data.length",
+        DOCUMENTS,
+        "np.arange(_sequences(recipe, devices) + 1, dtype=np.int64) * recipe.data.length",
+        "np.array([0, _sequences(recipe, devices)], dtype=np.int64) * recipe.data.length",
         (f"{PLANS}test_more_sequences_are_documents_of_their_own",),
     ),
     Mutation(
@@ -95,21 +95,56 @@ MUTATIONS = (
     Mutation(
         "plan-of-a-list-without-its-operators",
         MIXING,
-        '"recompute": list(sizes.policy(index)),',
-        '"recompute": ["attention"],',
+        '"recompute": sizes.policy(index) if blocks else',
+        '"recompute": ["attention"] if blocks else',
         (f"{PLANS}test_lists_of_operators_are_tried_with_the_whole_block",),
     ),
     Mutation(
-        "plan-keeps-convolutions-whole",
-        TERMS,
-        'results = mixer.results if policy == "none" else mixer.remembered',
-        "results = mixer.results",
+        "plan-tries-mixers-as-if-they-kept-all",
+        MIXING,
+        "else _policy(sizes, index),",
+        'else "none",',
         (f"{PLANS}test_of_convolutions_the_policy_attention_keeps_next_to_nothing",),
+    ),
+    Mutation(
+        "plan-leaves-out-what-does-not-grow",
+        MIXING,
+        "along = (tokens - few[0]) / (many[0] - few[0])",
+        "few, along = (0, _NOTHING), tokens / many[0]",
+        (f"{PLANS}test_what_does_not_grow_with_the_tokens_counts_once",),
+    ),
+    Mutation(
+        "plan-forgets-what-the-layer-before-hands-on",
+        MIXING,
+        '"held": _held_here(sizes, index),',
+        '"held": False,',
+        (f"{PLANS}test_keys_and_values_of_the_layer_before_are_held_once",),
+    ),
+    Mutation(
+        "plan-counts-what-the-layer-before-hands-on-twice",
+        MIXING,
+        '"held": _held_here(sizes, index),',
+        '"held": True,',
+        (f"{PLANS}test_keys_and_values_of_the_layer_before_are_held_once",),
+    ),
+    Mutation(
+        "plan-takes-what-auto-takes-for-one-document",
+        MIXING,
+        "sizes.estimates(layer, sizes.first_shard, hardware)",
+        "sizes.estimates(layer, sizes.shard, hardware)",
+        (f"{PLANS}test_what_auto_takes_goes_by_the_documents_that_there_are",),
+    ),
+    Mutation(
+        "plan-of-whole-blocks-whatever-the-window",
+        MIXING,
+        'strategy == "ring" and layer.options.window is None',
+        'strategy == "ring"',
+        (f"{PLANS}test_over_ranks_a_window_holds_what_it_sees_of_the_others",),
     ),
     Mutation(
         "plan-of-a-ring-whatever-the-strategy",
         MIXING,
-        'return plain and _strategy(sizes, layer) in (None, "ring")',
+        'return plain and (strategy is None or (strategy == "ring" and layer.options.window is None))',
         "return plain",
         (f"{PLANS}test_strategies_that_exchange_heads_keep_them",),
     ),

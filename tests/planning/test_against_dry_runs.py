@@ -29,10 +29,13 @@ CASES = [
     ("hybrid_1b_4m", "8xh200", ["model.depth=4", "layers.pattern=mamba2", "layers.mixers.mamba2.heads=32"]),
     ("hybrid_1b_4m", "8xh200", ["model.depth=4", "layers.pattern=gsa", "layers.mixers.gsa.heads=16"]),
     ("llama_8b_128k", "8xh200", ["model.depth=2", "memory.recompute=none", "layers.mixers.softmax.pamm=1024"]),
-    # "auto" sees real documents in the dry run, and in a plan one document a sequence: it may choose differently.
+    ("quickstart", "2xcpu", ["data.length=16384"]),  # "auto" takes Ulysses for the documents, a ring for a single one
     ("quickstart", "2xcpu", ["data.length=16384", "parallel.strategy=ring"]),
     ("quickstart", "2xcpu", ["data.length=16384", "parallel.strategy=ulysses"]),
     ("hymba", "1xcpu", ["data.length=8192"]),
+    ("hymba", "1xcpu", ["data.length=8192", "memory.recompute=attention"]),
+    ("mega", "1xcpu", []),
+    ("natsl", "2xcpu", ["data.length=8192", "memory.recompute=attention"]),
 ]
 EVERY_TIME = [
     ("hybrid_1b_4m", "8xh200", ["model.depth=4"]),

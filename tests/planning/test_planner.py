@@ -1,5 +1,7 @@
 """Plans: counts that can be worked out by hand, what fits, what would make it fit, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -83,12 +85,30 @@ def test_mixers_can_be_tried(names: tuple[str, ...]):
         assert mixer.results + mixer.kept >= 2 * least and mixer.working > 0, layer.name
 
 
+def test_what_does_not_grow_with_the_tokens_counts_once():
+    short, long = (plan("mega", [f"data.length={n}"], devices_named("1xcpu")).shape for n in (1024, 2048))
+    once = 2 * 1024 * short.mixers[0].kept - 2048 * long.mixers[0].kept
+    matrices = 128 * 128 * 128 * 4  # the moving average's filter of each channel, for the tokens of a chunk
+    assert matrices < once < 2 * matrices
+
+
+def test_keys_and_values_of_the_layer_before_are_held_once():
+    full, none = (plan("hymba", [f"memory.recompute={x}"], devices_named("1xh200")).shape for x in ("full", "none"))
+    assert [layer.name for layer in full.layers] == ["wide", "near", "reader", "wide"]
+    both, positions = 4 * (64 + 64), 8  # one head of keys, one of values
+    assert [round(mixer.between) for mixer in full.mixers] == [positions, positions, positions + both, positions]
+    # Where nothing is computed again they are among what the layer has kept that made them.
+    near, reader = (mixer.between for mixer in none.mixers[1:3])
+    assert near - reader == pytest.approx(both + 4 * 64, rel=1e-3)  # and keys before they were turned
+
+
 def test_attention_that_keeps_few_rows_keeps_no_input():
     overrides = ["layers.mixers.softmax.pamm=1024", "memory.recompute=none"]
     few, all_rows = (plan("llama_8b_128k", x, devices_named("8xh200")).shape.mixers[0] for x in (overrides, []))
     assert all_rows.input == 2 * 4096 and few.input == 0
-    assert few.results == all_rows.results + all_rows.held  # tried, one is like the other
-    assert few.kept == pytest.approx(all_rows.kept + 16, abs=8)  # and an index and a scale for each token
+    assert few.results == all_rows.results + 2 * 2 * 8 * 128  # and the keys and values that the ring held last
+    rows = 1024 * 4096 * 2 / (131072 / 8)  # spread over the tokens of a rank
+    assert few.kept == pytest.approx(all_rows.kept + rows + 16, abs=8)  # and an index and a scale for each token
 
 
 def test_more_sequences_are_documents_of_their_own():
@@ -98,6 +118,22 @@ def test_more_sequences_are_documents_of_their_own():
     assert two.model_flops == pytest.approx(2 * one.model_flops)  # none sees the other
     apart = plan("llama_8b_128k", ["trainer.sequences=2", "parallel.data=2"], devices_named("8xh200")).shape
     assert apart.degrees == (2, 4) and np.diff(apart.cu_seqlens).tolist() == [131072]
+
+
+def test_what_auto_takes_goes_by_the_documents_that_there_are(tmp_path: Path):
+    devices, auto = devices_named("2xcpu"), ["data.length=16384"]
+    ring, heads = (
+        plan("quickstart", [*auto, f"parallel.strategy={strategy}"], devices).shape for strategy in ("ring", "ulysses")
+    )
+    assert ring.mixers != heads.mixers
+    packed = plan("quickstart", auto, devices).shape
+    assert packed.mixers == heads.mixers and len(packed.cu_seqlens) == 2  # its time is that of one document
+    assert plan("quickstart", [*auto, "data=passkey"], devices).shape.mixers == ring.mixers
+    missing = ["data=text", f"data.path={tmp_path}/nowhere"]
+    assert plan("quickstart", [*auto, *missing], devices).shape.mixers == ring.mixers
+    (tmp_path / "short.txt").write_text("less than one sequence")
+    short = ["data=text", f"data.path={tmp_path}"]
+    assert plan("quickstart", [*auto, *short], devices).shape.mixers == ring.mixers
 
 
 def total(name: str, *overrides: str, devices: str = "8xh200") -> float:
@@ -193,6 +229,18 @@ def test_strategies_that_exchange_heads_keep_them():
     assert kept[1] - kept[0] == pytest.approx(4 * ring.shape.tokens * 2 * 64 * 4 * (5 - 3), rel=0.02)
 
 
+def test_over_ranks_a_window_holds_what_it_sees_of_the_others():
+    devices, changed = devices_named("2xh200"), ["memory.recompute=none", "layers.mixers.softmax.kv_heads=2"]
+    near, far = (
+        plan("llama_8b_128k", [*changed, f"layers.mixers.softmax.window={window}"], devices).shape.mixers[0]
+        for window in (1023, "null")
+    )
+    block = 2 * 2 * 2 * 128  # keys and values of two heads in bfloat16, for each token
+    assert near.kept == pytest.approx(far.kept, abs=8) and 0 < far.results - near.results < block
+    assert far.results - near.results == pytest.approx(block, rel=0.05)
+    assert near.ring < far.ring
+
+
 def test_an_outer_ring_has_blocks_under_way_beside_the_inner_ones():
     inner = ["parallel.rows=1", "memory.attention_heads=null", "parallel.strategy=ring"]
     one = plan("llama_8b_15m", inner, devices_named("32xh100"))
@@ -265,10 +313,11 @@ def test_lists_of_operators_are_tried_with_the_whole_block():
     one = plan("llama_8b_128k", [*words, "memory.recompute=[attention]"], devices_named("2xh200")).shape
     both = plan("llama_8b_128k", [*words, "memory.recompute=[attention,aten::mm]"], devices_named("2xh200")).shape
     width, inner = 4096, 14336
-    assert one.blocks[0].results == one.mixers[0].results and one.blocks[0].kept <= 8
-    assert both.blocks[0].results == one.blocks[0].results
+    assert one.blocks[0].remembered == one.mixers[0].remembered - 2 * 2 * 1024  # a ring's last keys and values
+    assert one.blocks[0].between <= 8
+    assert both.blocks[0].remembered == one.blocks[0].remembered
     # In bfloat16: q, k and v, the projection out of attention, gate and up, and the projection out of the MLP.
-    assert both.blocks[0].kept == pytest.approx(2 * (width + 2 * 1024 + width + 2 * inner + width), rel=0.01)
+    assert both.blocks[0].between == pytest.approx(2 * (width + 2 * 1024 + width + 2 * inner + width), rel=0.01)
     nothing = plan("llama_8b_128k", [*words, "memory.recompute=[conv1d]"], devices_named("2xh200"))
     full = plan("llama_8b_128k", [*words, "memory.recompute=full"], devices_named("2xh200"))
     assert nothing.memory.total == pytest.approx(full.memory.total, rel=0.03)
