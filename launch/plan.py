@@ -31,9 +31,9 @@ def run(
     if want_search:
         return _search(recipe, overrides, given)
     planned = plan(recipe, overrides, given)
-    print(report(planned))
+    print(report(planned), flush=True)
     if dry:
-        print(f"\n{_dry(recipe, overrides, planned)}")
+        print(f"\n{_dry(recipe, overrides, planned)}", flush=True)
     fitting = [] if planned.fits else that_fit(recipe, overrides, given)
     best = best_change(recipe, overrides, given) if planned.fits else None
     print(f"\n{verdict(planned, fitting, best)}")
@@ -53,6 +53,7 @@ def _longest(recipe: str, overrides: Sequence[str], devices: Devices, *, dry: bo
 
 
 def _search(recipe: str, overrides: Sequence[str], devices: Devices) -> int:
+    sys.stderr.write("longtrain: planning every degree, layout and policy; where mixers are tried it takes minutes\n")
     found = search(recipe, overrides, devices)
     if not found:
         sys.stderr.write(f"longtrain: --search: {recipe} fits on {devices} with no degrees, layout and policy\n")

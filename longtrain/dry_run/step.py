@@ -157,6 +157,7 @@ def _fsdp_watched(tracker: Tracker) -> Iterator[None]:
         def _call(group: Any, *given: Any, **options: Any) -> Any:
             with tracker.making(Term.GATHERED):
                 result = method(group, *given, **options)
+            tracker.mark(group._partial_reduce_output, Term.GRADIENTS)  # which wait for those of other replicas
             for parameter in group.fsdp_params:
                 if parameter.sharded_param.grad is not None:
                     tracker.mark(_local([parameter.sharded_param.grad]), Term.GRADIENTS)

@@ -13,6 +13,7 @@ from longtrain.engines.deepspeed_config import (
     check_options,
     deepspeed_json,
     fit_buffers,
+    own_buffers,
 )
 from longtrain.engines.fsdp import FSDPConfig, FSDPEngine, check_fsdp, check_replicas
 
@@ -32,4 +33,5 @@ __all__ = [
     "check_replicas",
     "deepspeed_json",
     "fit_buffers",
+    "own_buffers",
 ]

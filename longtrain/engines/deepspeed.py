@@ -93,6 +93,7 @@ class DeepSpeedEngine(Engine):
             for name, value in exact():
                 if (place := self._places.get(name)) is not None:
                     self._write(place.within(place.flat), name, value)
+                del value  # not beside the next one
             self._weights_from_float32()
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,19 @@ ELSEWHERE = {
     "sequence_parallel_size": "parallel.sequence sets it",
     "activation_checkpointing": "memory.recompute sets it",
     "tensor_parallel": "longtrain shards sequences and weights only",
+    "prescale_gradients": "the loss is divided before DeepSpeed sees it",
+    "gradient_predivide_factor": "the loss is divided before DeepSpeed sees it",
+    "gradient_allreduce_op": "the loss is divided before DeepSpeed sees it",
+    "zero_optimization.zenflow": "optimizer.name and its neighbours set the optimizer",
     "zero_optimization.mics_shard_size": "engine=fsdp with fsdp.replicas shards inside groups of ranks",
     "zero_optimization.zero_hpz_partition_size": "engine=fsdp with fsdp.replicas shards inside groups of ranks",
 }
+# Sections and values outside of "zero_optimization" that a user's file may have, beside those that are made.
+TAKEN = (
+    "fp16", "amp", "torch_autocast", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint",
+    "disable_python_gc", "disable_allgather", "check_overflow", "log_level", "nebula",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,18 @@ def deepspeed_json(config: DeepSpeedConfig, wanted: Wanted) -> dict[str, Any]:
     made = _made(config, wanted)
     if config.config is None:
         return made
-    _merge(made, _read(Path(config.config)), _sources(), config.config, "")
+    given = _read(Path(config.config))
+    _merge(made, given, _sources(), config.config, "")
+    if "zero_optimization" in given:
+        made["zero_optimization"] = _as_deepspeed_reads(made["zero_optimization"], config.config)
     return made
+
+
+def own_buffers(config: DeepSpeedConfig) -> list[str]:
+    """Keys of "zero_optimization" that the user's file sets as it likes."""
+    given = {} if config.config is None else _read(Path(config.config)).get("zero_optimization", {})
+    sources = [f"{key}." for key in _sources()]
+    return sorted(key for key in given if not any(known.startswith(f"zero_optimization.{key}.") for known in sources))
 
 
 def fit_buffers(zero: dict[str, Any], blocks: Sequence[Sequence[int]], outside: Sequence[int]) -> None:
@@ -109,7 +130,7 @@ def fit_buffers(zero: dict[str, Any], blocks: Sequence[Sequence[int]], outside: 
 
 
 def _made(config: DeepSpeedConfig, wanted: Wanted) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.stage}
+    zero: dict[str, Any] = {"stage": config.stage, "contiguous_gradients": True}
     if config.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": config.offload_optimizer}
     if config.stage == 3:
@@ -146,6 +167,35 @@ def _sources() -> dict[str, str]:
         "zero_optimization.stage": "deepspeed.stage",
         "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
         "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+        "zero_optimization.offload_param.device": "engine=deepspeed (engine=fsdp has fsdp.cpu_offload)",
+        "zero_optimization.cpu_offload_param": "engine=deepspeed (engine=fsdp has fsdp.cpu_offload)",
+        "zero_optimization.zero_quantized_weights": "engine=deepspeed, which gathers weights as they are",
+        "zero_optimization.zero_quantized_nontrainable_weights": "engine=deepspeed, which gathers weights as they are",
+        "zero_optimization.zero_quantized_gradients": "engine=deepspeed, which sums gradients in float32",
+        "zero_optimization.contiguous_gradients": "engine=deepspeed, which sums gradients from one buffer",
+    }
+
+
+def _as_deepspeed_reads(zero: dict[str, Any], file: str) -> dict[str, Any]:
+    """The section with values of the types that DeepSpeed makes of them; unknown keys and other types are refused."""
+    from pydantic import ValidationError  # which comes with DeepSpeed
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # when it is imported it tells of accelerators that are missing
+    try:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    finally:
+        logging.disable(before)
+    names = {field.alias or name: name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    try:
+        read = DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        (*above, key), said = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        near = "" if above else nearest(str(key), names)
+        place = ".".join(map(str, ("zero_optimization", *above, key)))
+        raise UsageError(f"deepspeed.config: {file} sets {place}{near}, which DeepSpeed refuses: {said}") from None
+    return {
+        key: value if isinstance(value, dict) else getattr(read, names.get(key, key)) for key, value in zero.items()
     }
 
 
@@ -169,6 +219,12 @@ def _merge(made: dict[str, Any], given: dict[str, Any], sources: dict[str, str],
             continue
         if key in ELSEWHERE:
             raise UsageError(f"deepspeed.config: {file} sets {key}; {ELSEWHERE[key]}, remove it there")
+        if not above and name not in made and name not in TAKEN:
+            known = sorted({*made, *TAKEN})
+            raise UsageError(
+                f"deepspeed.config: {file} sets {key}{nearest(key, known)}, which engine=deepspeed has no use for; it "
+                f"takes {', '.join(known)}"
+            )
         if isinstance(value, dict):
             inside = made.setdefault(name, {})
             if not isinstance(inside, dict):
@@ -192,5 +248,6 @@ def _merge(made: dict[str, Any], given: dict[str, Any], sources: dict[str, str],
 
 
 def _unset(key: str) -> Any:
-    """What a key of the recipe means where it isn't written: no half precision, no offload."""
-    return "none" if key.endswith(".device") else False if key.endswith((".enabled", "cpu_offload")) else None
+    """What a key of the recipe means where it isn't written: no half precision, no offload, nothing quantized."""
+    off = (".enabled", ".cpu_offload", ".cpu_offload_param")
+    return "none" if key.endswith(".device") else False if key.endswith(off) or ".zero_quantized_" in key else None

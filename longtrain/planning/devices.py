@@ -28,6 +28,8 @@ class Device:
     bandwidth: float
     inner: float
     outer: float
+    host: float
+    host_bandwidth: float
     architecture: str | None  # of its kernels; None: a CPU
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from longtrain.engines import Wanted, deepspeed_json, fit_buffers
+from longtrain.engines import Wanted, deepspeed_json, fit_buffers, own_buffers
 from longtrain.planning.work import Shape
 
 Add = Callable[[str, float], None]
@@ -51,6 +51,21 @@ class Holding(ABC):
         """Whether a block's gradient is held until its backward has ended."""
         return False
 
+    @property
+    def _accumulates(self) -> bool:
+        """Whether all gradients are there from an earlier micro-batch on."""
+        return self.shape.recipe.trainer.accumulation > 1
+
+    @property
+    @abstractmethod
+    def copied(self) -> float:
+        """Bytes of each of the rank's weights that a micro-batch copies from or to the host, the busier way."""
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What the recipe sets and the formulas leave out."""
+        return []
+
     def loss(self) -> list[tuple[str, float]]:
         """What is held beside the loss, term by term."""
         return []
@@ -70,11 +85,11 @@ class Holding(ABC):
     @property
     def host(self) -> float:
         """Bytes in host memory: weights, gradients and state, or none."""
-        return 0.0 if self._here else self.shape.weights * self.share * (4 + 4 + states(self.shape))
+        return 0.0 if self.here else self.shape.weights * self.share * (4 + 4 + states(self.shape))
 
     @property
     @abstractmethod
-    def _here(self) -> bool:
+    def here(self) -> bool:
         """Whether the shares lie on the device."""
 
     @property
@@ -97,8 +112,13 @@ class FSDPHolding(Holding):
         return self.shape.recipe.fsdp.replicas / self.shape.devices.count
 
     @property
-    def _here(self) -> bool:
+    def here(self) -> bool:
         return not (self.shape.recipe.fsdp.cpu_offload and self.shape.devices.device.architecture is not None)
+
+    @property
+    def copied(self) -> float:
+        gathers = 2 if self.shape.recipe.memory.shard_blocks else 1  # in forward, and again in backward
+        return 4.0 * gathers * (not self.here)
 
     @property
     def _outside(self) -> int:
@@ -107,24 +127,19 @@ class FSDPHolding(Holding):
 
     def resident(self, add: Add) -> None:
         shape = self.shape
-        if self._here:
+        if self.here:
             add("weights", 4 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
         add("gathered weights", shape.size * self._outside)
         if self._accumulates:
-            add("gradients", 4 * shape.weights * self.share * self._here)
-
-    @property
-    def _accumulates(self) -> bool:
-        """Whether all gradients are there from an earlier micro-batch on."""
-        return self.shape.recipe.trainer.accumulation > 1
+            add("gradients", 4 * shape.weights * self.share * self.here)
 
     def block(self, index: int, add: Add) -> None:
         shape, done = self.shape, self.shape.block_weights[index + 1 :]
         if shape.recipe.memory.shard_blocks:
             add("gathered weights", shape.size * shape.block_weights[index])
             if not self._accumulates:
-                add("gradients", 4 * sum(done) * self.share * self._here)
+                add("gradients", 4 * sum(done) * self.share * self.here)
             if shape.devices.count > 1 and index > 0:
                 add("gathered weights", shape.size * shape.block_weights[index - 1])
             if done:
@@ -143,7 +158,7 @@ class FSDPHolding(Holding):
             terms = [
                 ("gathered weights", -shape.size * outside),  # no longer needed
                 ("gathered weights", 4.0 * outside),
-                ("gradients", 4 * (shape.weights - outside) * self.share * self._here * (not self._accumulates)),
+                ("gradients", 4 * (shape.weights - outside) * self.share * self.here * (not self._accumulates)),
             ]
             last = ("gathered weights", 4 * outside * self.share)
             yield name, [*terms, ("working set", shape.size * outside) if name == "copied" else last]
@@ -152,7 +167,7 @@ class FSDPHolding(Holding):
     def building(self) -> float:
         shape = self.shape
         largest = shape.vocabulary * shape.recipe.model.width  # a share on its way to the host
-        return 4.0 * (self._whole + self.share * (shape.weights if self._here else largest))
+        return 4.0 * (self._whole + self.share * (shape.weights if self.here else largest))
 
 
 _ALL_REDUCE = 5e8  # numbers that DeepSpeed's stage 0 sums up at once, and one weight's more
@@ -166,10 +181,13 @@ class ZeroHolding(Holding):
 
     @property
     def host(self) -> float:
-        """Beside the usual, gradients as they come and flat at stage 3; weights on their way back at 1 and 2."""
-        if self._here:
-            return 0.0
+        """Beside the usual, gradients as they come and flat at stage 3; weights on their way back at 1 and 2.
+
+        Stage 3 lays its weights out anew at its start, and puts them into host memory meanwhile.
+        """
         each, size = self.shape.weights * self.share, self.shape.size
+        if self.here:
+            return size * each * (self.stage == 3 and self.shape.devices.device.architecture is not None)
         return super().host + (4.0 * each if self.stage == 3 else size * (each + self._table))
 
     @property
@@ -177,11 +195,19 @@ class ZeroHolding(Holding):
         return self.shape.recipe.deepspeed.stage
 
     @property
+    def copied(self) -> float:
+        return 4.0 * (not self.here)
+
+    @property
+    def uncounted(self) -> list[str]:
+        return [key for key in own_buffers(self.shape.recipe.deepspeed) if key != "reduce_bucket_size"]
+
+    @property
     def share(self) -> float:
         return 1.0 if self.stage == 0 else 1.0 / self.shape.devices.count
 
     @property
-    def _here(self) -> bool:
+    def here(self) -> bool:
         offload = self.shape.recipe.deepspeed.offload_optimizer != "none"
         return not (offload and self.shape.devices.device.architecture is not None)
 
@@ -201,42 +227,50 @@ class ZeroHolding(Holding):
         return self.shape.vocabulary * self.shape.recipe.model.width
 
     @property
+    def _tied(self) -> float:
+        """Bytes of the head's gradient while it waits for the embedding's, which is added to it."""
+        return self.shape.size * self._table if self.shape.recipe.model.tie_embedding else 0.0
+
+    @property
     def _beside(self) -> bool:
-        return self.stage == 1 and self.shape.size == 2 and self._here
+        return self.stage == 1 and self.shape.size == 2 and self.here
 
     def resident(self, add: Add) -> None:
         shape, stage = self.shape, self.stage
         if stage > 0:  # what is computed with, beside the float32 shares
             computed = shape.size * shape.weights
             add(*("gathered weights", computed) if stage < 3 else ("weights", computed * self.share))
-        if self._here:
+        if self.here:
             add("weights", 4 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
         if self._beside:
             add("gradients", 4.0 * shape.weights)
-        if 0 < stage < 3 and not self._here:
+        if 0 < stage < 3 and not self.here:
             add("working set", shape.size * self._table)  # on whose way to the host it is
+        if stage < 2 and self._accumulates:
+            add("gradients", self._wide * shape.weights)
         if stage == 2:
             add("gradients", 4 * shape.weights * self.share)  # made once, wherever they go then
         if stage == 3:  # buffers that are made once, and what runs outside of blocks
             add("gathered weights", shape.size * shape.outer_weights)
             add("gathered weights", 4.0 * self._bucket)
-            add("gradients", 4 * shape.weights * self.share * self._here)
+            add("gradients", 4 * shape.weights * self.share * self.here)
 
     def block(self, index: int, add: Add) -> None:
         shape, blocks = self.shape, self.shape.block_weights
+        add("working set", self._tied)
         if self.stage == 3:
             add("gathered weights", shape.size * sum(blocks[max(index - 1, 0) : index + 1]))  # one ahead
             return
-        if self.stage < 2:
-            add("gradients", self._wide * (sum(blocks[index + 1 :]) + self._table))
+        if self.stage < 2 and not self._accumulates:
+            add("gradients", self._wide * (sum(blocks[index + 1 :]) + self._table * (not self._tied)))
         if self.stage == 2 or (self.stage == 1 and not self._beside):
             add("gathered weights", (shape.size if self.stage == 2 else 4) * self._bucket)
 
     @property
     def _wide(self) -> int:
         """Bytes of a gradient that is kept whole."""
-        return self.shape.size if self._here else 4
+        return self.shape.size if self.here else 4
 
     @property
     def hooked(self) -> bool:
@@ -260,7 +294,7 @@ class ZeroHolding(Holding):
     @property
     def _copied(self) -> float:
         """Bytes of the float32 copy of what stage 3 sums up at once, at most, and of a share on its way to the host."""
-        away = 3 * 4.0 * self._table * self.share * (not self._here)
+        away = 3 * 4.0 * self._table * self.share * (not self.here)
         if self._table <= self._bucket:
             return 4.0 * self._bucket + away
         return 4.0 * self._table * (self.shape.size == 2) + away
@@ -272,30 +306,33 @@ class ZeroHolding(Holding):
         """The largest gradient, or all that are summed up at once, in float32 beside itself."""
         shape, stage = self.shape, self.stage
         at_once = 4.0 * (self._table if self._table > self._bucket else self._bucket)
-        waiting = ("working set", shape.size * self._table)
+        waiting = ("working set", shape.size * self._table + self._tied)
+        last = self._wide * shape.weights * (not self._accumulates)
         if stage == 3:
             yield "summed", [waiting, ("gathered weights", self._copied)]
         elif stage == 2:
             yield "summed", [waiting, ("gathered weights", at_once + 4 * self._bucket)]
         elif stage == 1:
             extra = ("working set", 4.0 * self._table) if self._beside else ("gathered weights", at_once)
-            yield "summed", [("gradients", self._wide * shape.weights), extra]
+            yield "summed", [("gradients", last), extra]
         else:
             copied = min(_ALL_REDUCE + self._table, shape.weights)
-            yield "summed", [("gradients", 4.0 * shape.weights), ("working set", 4.0 * copied)]
+            yield "summed", [("gradients", last), ("working set", 4.0 * copied)]
 
     @property
     def building(self) -> float:
-        shape = self.shape
+        shape, drawn = self.shape, max(*self.shape.block_weights, self._table)  # a part of the model, and no other
         if self.stage < 3:
             begun = 4.0 * (shape.weights + self._table)
             if self.stage == 0:
                 return begun
             flat = 2.0 * shape.size * shape.weights  # beside those that were there
-            made = shape.weights * (shape.size + 4 * self.share * self._here + 4.0 * self._beside)
-            return max(begun, flat, made + 4.0 * self._whole * (shape.size == 2))
-        made = shape.weights * self.share * (shape.size + (4 + 4) * self._here) + 4.0 * self._bucket
-        return made + 4.0 * self._whole  # then each part gets its exact values
+            made = shape.weights * (shape.size + 4 * self.share * self.here + 4.0 * self._beside)
+            return max(begun, flat, made + 4.0 * drawn * (shape.size == 2))
+        made = shape.weights * self.share * (shape.size + (4 + 4) * self.here) + 4.0 * self._bucket
+        exact = made + 4.0 * drawn  # then each part gets its exact values
+        outside = shape.outer_weights if shape.recipe.memory.shard_blocks else shape.weights  # cut last, all at once
+        return max(exact, shape.size * (outside + self.share * (shape.weights - outside + self._table)))
 
 
 def holding(shape: Shape) -> Holding:

@@ -14,7 +14,8 @@ from longtrain.dry_run import MixerHeld
 from longtrain.dry_run.process import printed
 from longtrain.layers.pattern import Layer, hands_on, takes_strategy
 from longtrain.parallel.attention.cost import hardware_of
-from longtrain.planning.sizes import Sizes
+from longtrain.parallel.attention.relaying import AUTO, BALANCED, HOME, attention_shard
+from longtrain.planning.sizes import Sizes, window_of
 
 SECONDS = 600.0  # for the mixers of a recipe; they take about ten
 
@@ -42,23 +43,29 @@ def blocks(sizes: Sizes) -> list[MixerHeld]:
 
 
 def _counted(sizes: Sizes, layer: Layer) -> bool:
-    """Whether a layer is softmax attention that keeps what such layers keep, as a ring of whole blocks."""
-    plain = layer.mixer.name in ("softmax", "sliding_window") and layer.options.pamm is None
-    strategy = _strategy(sizes, layer)
-    return plain and (strategy is None or (strategy == "ring" and layer.options.window is None))
+    """Whether a layer is softmax attention that keeps what such layers keep, as a ring of whole blocks at home."""
+    if layer.mixer.name not in ("softmax", "sliding_window") or layer.options.pamm is not None:
+        return False
+    ways = _ways(sizes, layer)
+    at_home = ways.get("layout", HOME) == HOME
+    return not ways or (ways["strategy"] == "ring" and at_home and layer.options.window is None)
 
 
-def _strategy(sizes: Sizes, layer: Layer) -> str | None:
-    """How a layer that attends runs on these ranks: what "auto" takes there; None where there is nothing to choose."""
+def _ways(sizes: Sizes, layer: Layer) -> dict[str, str]:
+    """Options of a layer that attends, as "auto" has them on these ranks; none where there is nothing to choose."""
     options, world = layer.options, sizes.degrees[1]
     if world == 1 or not takes_strategy(layer.mixer) or not hasattr(options, "groups"):
-        return None  # keys that stand for chunks of tokens are few, however they travel
-    if options.strategy not in ("auto", "mesh"):
-        return options.strategy
-    hardware = hardware_of("cpu" if sizes.devices.device.architecture is None else "cuda")
-    if options.strategy == "mesh":
-        return "mesh"
-    return sizes.estimates(layer, sizes.first_shard, hardware)[0].strategy
+        return {}  # keys that stand for chunks of tokens are few, however they travel
+    kind = "cpu" if sizes.devices.device.architecture is None else "cuda"
+    shard, ways = sizes.first_shard, {}
+    if (layout := getattr(options, "layout", None)) is not None:
+        given = {"strategy": options.strategy, "window": window_of(layer)}
+        there = attention_shard(shard, sizes.heads(layer), device=kind, layout=layout, **given)
+        ways["layout"] = HOME if there is shard else BALANCED if layout == AUTO else layout
+        shard = there
+    if options.strategy == "auto":
+        return ways | {"strategy": sizes.estimates(layer, shard, hardware_of(kind))[0].strategy}
+    return ways | {"strategy": options.strategy}
 
 
 def _attention(sizes: Sizes, index: int) -> MixerHeld:
@@ -145,11 +152,11 @@ def _held_here(sizes: Sizes, index: int) -> bool:
 
 
 def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
-    mixers, strategies, recipe = [], [], sizes.recipe
+    mixers, strategies, recipe = [], set[str](), sizes.recipe
     for index in indices:
         layer, before = sizes.layers[index], sizes.layers[index - 1]
-        strategies.append(_strategy(sizes, layer))
-        chosen = {} if strategies[-1] is None else {"strategy": strategies[-1]}
+        ways = _ways(sizes, layer)
+        strategies.add(ways.get("strategy", "ring"))
         giver = {
             "name": before.mixer.name,
             "options": dataclasses.asdict(before.options),
@@ -158,7 +165,7 @@ def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
         mixers.append(
             {
                 "name": layer.mixer.name,
-                "options": dataclasses.asdict(layer.options) | chosen,
+                "options": dataclasses.asdict(layer.options) | ways,
                 "place": dataclasses.asdict(layer.place),
                 "before": giver if layer.mixer.takes_shared(layer.options) else None,
                 "hands_on": hands_on(sizes.layers)[index],
@@ -169,7 +176,7 @@ def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:
     asked = {
         # More ranks hold more summaries of runs, which are small. Blocks' may be rings, whose keys travel from 3 on;
         # what is gathered grows with the ranks.
-        "world": min(sizes.degrees[1], 4 if blocks else 2) if set(strategies) <= {None, "ring"} else sizes.degrees[1],
+        "world": min(sizes.degrees[1], 4 if blocks else 2) if strategies <= {"ring"} else sizes.degrees[1],
         "architecture": sizes.devices.device.architecture,
         "dtype": "bfloat16" if sizes.size == 2 else "float32",
         # Both keep long runs, and mixers hold the same on them.

@@ -53,6 +53,11 @@ class Plan:
         return holding(self.shape).building
 
     @property
+    def uncounted(self) -> list[str]:
+        """Keys of DeepSpeed's that the recipe's file sets and this plan leaves out; a dry run has them."""
+        return holding(self.shape).uncounted
+
+    @property
     def over(self) -> float:
         """Bytes that are missing on a device, in a step or before; negative where some are left."""
         return max(self.needed, self.building) - self.devices.device.memory
@@ -115,16 +120,26 @@ def changes(name: str, overrides: Sequence[str], devices: Devices) -> list[Chang
 
 
 def that_fit(name: str, overrides: Sequence[str], devices: Devices, *, count: int = 3) -> list[Change]:
-    """Changes that make a plan fit, the fastest first; pairs of changes where single ones don't do."""
-    single = changes(name, overrides, devices)
+    """Changes that make a plan fit, the fastest first; pairs of changes where single ones don't do.
+
+    Those that train on other sequences come last, however fast these are.
+    """
+    single, now = changes(name, overrides, devices), plan(name, overrides, devices)
     found = [change for change in single if change.plan.fits]
     if len(found) < count:
         memory_first = sorted(single, key=lambda change: change.plan.needed)[:4]
         for change in memory_first:
+            if change.plan.fits:
+                continue  # does without another one
             more = changes(name, [*overrides, *change.overrides], devices)
-            found += [Change(change.overrides + other.overrides, other.plan) for other in more if other.plan.fits]
+            pairs = (Change(change.overrides + other.overrides, other.plan) for other in more if other.plan.fits)
+            found += [pair for pair in pairs if not any(set(one.overrides) <= set(pair.overrides) for one in found)]
     unique = {frozenset(change.overrides): change for change in found}
-    return sorted(unique.values(), key=lambda change: -change.plan.tokens_per_second)[:count]
+
+    def cost(change: Change) -> tuple[bool, float]:
+        return change.plan.recipe.data.length != now.recipe.data.length, -change.plan.tokens_per_second
+
+    return sorted(unique.values(), key=cost)[:count]
 
 
 def best_change(name: str, overrides: Sequence[str], devices: Devices) -> Change | None:

@@ -25,6 +25,8 @@ def report(plan: Plan) -> str:
     ]
     if plan.memory.host:
         lines.append(f"on the host, for each device: {plan.memory.host / GIB:.1f} GiB")
+    if plan.uncounted:
+        lines.append(f"not counted, see a dry run: {', '.join(plan.uncounted)} of {recipe.deepspeed.config}")
     flops = plan.shape.model_flops
     lines += [
         "",

@@ -1,12 +1,14 @@
 """How long a step takes where its parts run at the share of the device's peak that devices.yaml gives them.
 
-Arithmetic, memory traffic and messages of weights overlap; messages of attention that its own arithmetic cannot hide,
-and the optimizer, come on top. An estimate: no part of it was fitted to a measured run.
+Arithmetic, memory traffic, copies to and from the host and messages of weights overlap; messages of attention that its
+own arithmetic cannot hide, and the optimizer, come on top. An estimate: no part of it was fitted to a measured run.
 """
 
 from dataclasses import dataclass
 
+from longtrain.planning.holding import holding
 from longtrain.planning.policy import kept_mixers, recomputed
+from longtrain.planning.terms import activations_away
 from longtrain.planning.work import Shape
 
 # Bytes moved through a device's memory for each token and number of a layer's width, forward and backward: inputs and
@@ -23,13 +25,15 @@ class Times:
     memory: float  # traffic of the device's memory, weights and optimizer included
     weights: float  # messages of weights and gradients
     exposed: float  # messages of tokens that arithmetic does not hide
+    host: float  # copies to and from host memory, of which those of either way take longer
     optimizer: float
     inner_bytes: float
     outer_bytes: float
 
     @property
     def step(self) -> float:
-        return max(self.products + self.mixing, self.memory, self.weights) + self.exposed + self.optimizer
+        beside = max(self.products + self.mixing, self.memory, self.weights, self.host)
+        return beside + self.exposed + self.optimizer
 
     @property
     def limit(self) -> str:
@@ -39,6 +43,7 @@ class Times:
             "attention and scans": self.mixing,
             "memory traffic": self.memory if self.memory > self.products + self.mixing else 0.0,
             "messages of weights": self.weights if self.weights > self.products + self.mixing else 0.0,
+            "copies to and from the host": self.host if self.host > self.products + self.mixing else 0.0,
             "messages of tokens": self.exposed,
             "optimizer": self.optimizer,
         }
@@ -72,13 +77,18 @@ def times(shape: Shape) -> Times:
     outer_tokens = token_bytes if shape.degrees[1] > device.node else 0.0
     memory = own_tokens * len(shape.layers) * recipe.model.width * _TRAFFIC * shape.size / 2
     memory += micro * gathers * shape.weights * shape.size
-    optimizer = shape.weights / world * 28 / device.bandwidth  # weight, gradient, two states: read, three written
+    moved = shape.weights / world * 28  # weight, gradient, two states: read, three written
+    held = holding(shape)
+    optimizer = moved / (device.bandwidth if held.here else device.host_bandwidth / min(device.node, world))
+    # Layers' tensors go out in forward and come back in backward, weights or gradients either way.
+    away = micro * (activations_away(shape) + shape.weights / world * held.copied)
     return Times(
         products=products / (peak * device.share),
         mixing=mixing,
         memory=memory / device.bandwidth,
         weights=max(weight_bytes / device.inner, across / device.outer),
         exposed=exposed,
+        host=away / device.host,
         optimizer=optimizer,
         inner_bytes=weight_bytes + token_bytes - outer_tokens,
         outer_bytes=across + outer_tokens,

@@ -7,15 +7,27 @@ from longtrain.planning.devices import Devices
 from longtrain.planning.planner import Change, Plan, plan
 
 _MOST = 2**34
+_LEAST = 2**20  # tokens: with as many, no option is refused for their number
 
 
 def longest(name: str, overrides: Sequence[str], devices: Devices) -> Plan | None:
-    """The plan with the largest data.length that fits, to 1 in 64; None where not even 1,024 tokens do."""
+    """The plan with the largest data.length that fits, to 1 in 64; None where not even the shortest one does.
+
+    The shortest one is 1,024 tokens, or the first double of it that the recipe can work with.
+    """
 
     def at(blocks: int) -> Plan:
         return plan(name, [*overrides, f"data.length={blocks * 1024}"], devices)
 
-    fits, too_long = at(1), 2
+    least, fits = 1, None
+    while fits is None:
+        try:
+            fits = at(least)
+        except UsageError:  # a window or a chunk that is longer, if not something else
+            least *= 2
+            if least * 1024 > _LEAST:
+                raise
+    too_long = 2 * least
     if not fits.fits:
         return None
     while too_long * 1024 <= _MOST and (more := at(too_long)).fits:

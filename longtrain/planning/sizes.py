@@ -65,15 +65,16 @@ class Sizes:
         """Of a micro-batch, on the rank that holds most, and its copy of the meta tokens."""
         return max(self.shard.lengths) + self.recipe.model.meta_tokens
 
+    def heads(self, layer: Layer) -> Heads:
+        """Of a layer that attends."""
+        options, width = layer.options, layer.options.key_width(layer.place.width)
+        at_once = getattr(options, "heads_at_once", None)
+        return Heads(1, options.heads, options.groups, width, width, self.size, at_once)
+
     def estimates(self, layer: Layer, shard: SequenceShard, hardware: Hardware) -> list[Estimate]:
         """What each strategy that the layer's attention may take costs on such hardware, the shortest first."""
-        options = layer.options
-        width, window = options.key_width(layer.place.width), getattr(options, "window", None)
-        at_once = getattr(options, "heads_at_once", None)
-        heads = Heads(1, options.heads, options.groups, width, width, self.size, at_once)
-        window = None if window is None else (window, 0)
-        found = estimates(shard, shard, heads, causal=True, window=window, hardware=hardware)
-        return possible(found, options.strategy, None, ranks=shard.world) or found
+        found = estimates(shard, shard, self.heads(layer), causal=True, window=window_of(layer), hardware=hardware)
+        return possible(found, layer.options.strategy, None, ranks=shard.world) or found
 
     @cached_property
     def vocabulary(self) -> int:
@@ -88,3 +89,9 @@ class Sizes:
         """What the recipe's ``memory.recompute`` says of a layer."""
         given: Any = self.recipe.memory.recompute
         return given.get(self.layers[index].name, given.get("default", "none")) if isinstance(given, dict) else given
+
+
+def window_of(layer: Layer) -> tuple[int, int] | None:
+    """What a query of a layer that attends sees."""
+    window = getattr(layer.options, "window", None)
+    return None if window is None else (window, 0)

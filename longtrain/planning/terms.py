@@ -51,7 +51,7 @@ class _Moment:
 def memory(shape: Shape) -> Memory:
     """The fullest moment of a step."""
     fullest = max(_moments(shape), key=lambda moment: sum(moment.terms.values()))
-    return Memory(fullest.terms, fullest.name, _activations_away(shape) + holding(shape).host)
+    return Memory(fullest.terms, fullest.name, activations_away(shape) + holding(shape).host)
 
 
 def _moments(shape: Shape) -> Iterator[_Moment]:
@@ -182,8 +182,8 @@ def _near(shape: Shape) -> int:
     return shape.recipe.memory.offload_in_flight + 1
 
 
-def _activations_away(shape: Shape) -> float:
-    """Bytes on the host when forward has ended."""
+def activations_away(shape: Shape) -> float:
+    """Bytes that layers have on the host when forward has ended."""
     each = shape.tokens * shape.size * shape.recipe.model.width
     total = 0.0
     for mixer, block, policy in zip(shape.mixers, shape.blocks, policies(shape), strict=True):

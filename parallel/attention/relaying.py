@@ -26,7 +26,7 @@ from longtrain.parallel.layouts import layout_named, layout_names
 from longtrain.parallel.shard import SequenceShard
 
 HOME, AUTO = "home", "auto"
-_EVEN = "balanced"  # what "auto" weighs against the home layout
+BALANCED = "balanced"  # what "auto" weighs against the home layout
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def layout_costs(
     window: Window = None,
 ) -> list[LayoutCost]:
     """What attention should cost at home and on the balanced layout, home first. Sends nothing."""
-    costs, even = [], shard.with_layout(_EVEN)
-    for name, target in ((HOME, shard), (_EVEN, even)) if even is not shard else ((HOME, shard),):
+    costs, even = [], shard.with_layout(BALANCED)
+    for name, target in ((HOME, shard), (BALANCED, even)) if even is not shard else ((HOME, shard),):
         found = estimates(target, target, sizes, causal=causal, window=window, hardware=hardware)
         fastest = possible(found, strategy, ulysses_degree, ranks=shard.world)[0].seconds
         costs.append(LayoutCost(name, float(fastest), _move_seconds(shard, target, sizes, hardware)))

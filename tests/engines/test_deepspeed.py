@@ -11,7 +11,7 @@ import torch
 from longtrain import checkpoint
 from longtrain.config import compose
 from longtrain.engines import DeepSpeedConfig, DeepSpeedEngine, Setup, Wanted
-from longtrain.engines.deepspeed_config import deepspeed_json, fit_buffers
+from longtrain.engines.deepspeed_config import deepspeed_json, fit_buffers, own_buffers
 from longtrain.errors import UsageError
 from longtrain.optimizer import OptimizerConfig
 from longtrain.parallel import build_mesh
@@ -197,9 +197,9 @@ def refused_by_deepspeed(rank: int, world: int, file: str) -> str:
 
 def test_what_deepspeed_refuses_of_a_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"zero_optimization": {"no_such_key": 1}}')
+    path.write_text('{"tensorboard": {"enabled": "perhaps"}}')
     (said,) = run_distributed(1, refused_by_deepspeed, str(path))
-    assert said.startswith("deepspeed.config: DeepSpeed refuses no_such_key of DeepSpeedZeroConfig: ")
+    assert said.startswith("deepspeed.config: DeepSpeed refuses tensorboard.enabled of DeepSpeedMonitorConfig: ")
 
 
 def test_a_file_of_the_users_is_merged_in(tmp_path: Path) -> None:
@@ -207,11 +207,20 @@ def test_a_file_of_the_users_is_merged_in(tmp_path: Path) -> None:
         "train_batch_size": "auto",
         "gradient_clipping": 1.0,
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": "auto", "overlap_comm": True, "reduce_bucket_size": 5e7},
+        "zero_optimization": {
+            "stage": "auto",
+            "overlap_comm": True,
+            "reduce_bucket_size": "50000000",
+            "contiguous_gradients": True,
+            "offload_param": {"device": "none"},
+            "zero_quantized_weights": False,
+        },
         "wall_clock_breakdown": True,
     }
     made = merged(tmp_path, given)
-    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e7}
+    zero = made["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 50_000_000)
+    assert own_buffers(DeepSpeedConfig(config=str(tmp_path / "ds.json"))) == ["overlap_comm", "reduce_bucket_size"]
     assert made["wall_clock_breakdown"] is True and made["gradient_accumulation_steps"] == 2
     assert "train_batch_size" not in made and made["gradient_clipping"] == 1.0
     assert merged(tmp_path, {}, clip=float("inf"))["gradient_clipping"] == 0.0
@@ -244,6 +253,18 @@ def test_buffers_go_by_blocks_unless_the_users_file_says_otherwise() -> None:
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             ("zero_optimization.offload_optimizer.device", "deepspeed.offload_optimizer"),
         ),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, ("offload_param.device", "fsdp.cpu_offload")),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, ("zero_quantized_gradients", "float32")),
+        ({"zero_optimization": {"contiguous_gradients": False}}, ("contiguous_gradients = false", "one buffer")),
+        ({"zero_optimization": {"reduce_bucket_size": "x"}}, ("zero_optimization.reduce_bucket_size", "integer")),
+        ({"zero_optimization": {"reduce_bucket_size": -5}}, ("zero_optimization.reduce_bucket_size", "greater than 0")),
+        ({"zero_optimization": {"stage3_max_live_parameters": None}}, ("stage3_max_live_parameters", "integer")),
+        (
+            {"zero_optimization": {"reduce_bucket": 1}},
+            ("zero_optimization.reduce_bucket (nearest: 'reduce_bucket_size'",),
+        ),
+        ({"zero_optimisation": {"stage": 2}}, ("zero_optimisation (nearest: 'zero_optimization')", "no use for")),
+        ({"gradient_predivide_factor": 2.0}, ("gradient_predivide_factor", "divided before")),
         ({"gradient_accumulation_steps": 1}, ("gradient_accumulation_steps = 1", "trainer.accumulation makes it 2")),
         ({"optimizer": {"type": "Adam"}}, ("optimizer", "optimizer.name")),
         ({"train_batch_size": 8}, ("train_batch_size", "trainer.sequences")),

@@ -33,11 +33,11 @@ MUTATIONS = (
     Mutation(
         "plan-of-half-the-weights",
         HOLDING,
-        """        if self._here:
+        """        if self.here:
             add("weights", 4 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
         add(""",
-        """        if self._here:
+        """        if self.here:
             add("weights", 2 * shape.weights * self.share)
             add("optimizer", states(shape) * shape.weights * self.share)
         add(""",
@@ -53,8 +53,8 @@ MUTATIONS = (
     Mutation(
         "plan-keeps-the-input-of-every-mixer",
         MIXING,
-        "options.pamm is None",
-        "options.pamm != 0",
+        "or layer.options.pamm is not None:",
+        "or layer.options.pamm == 0:",
         (f"{PLANS}test_attention_that_keeps_few_rows_keeps_no_input",),
     ),
     Mutation(
@@ -130,22 +130,64 @@ MUTATIONS = (
     Mutation(
         "plan-takes-what-auto-takes-for-one-document",
         MIXING,
-        "sizes.estimates(layer, sizes.first_shard, hardware)",
-        "sizes.estimates(layer, sizes.shard, hardware)",
+        "shard, ways = sizes.first_shard, {}",
+        "shard, ways = sizes.shard, {}",
         (f"{PLANS}test_what_auto_takes_goes_by_the_documents_that_there_are",),
     ),
     Mutation(
         "plan-of-whole-blocks-whatever-the-window",
         MIXING,
-        'strategy == "ring" and layer.options.window is None',
-        'strategy == "ring"',
+        " and at_home and layer.options.window is None",
+        " and at_home",
         (f"{PLANS}test_over_ranks_a_window_holds_what_it_sees_of_the_others",),
+    ),
+    Mutation(
+        "plan-of-attention-at-home-whatever-its-layout",
+        MIXING,
+        " and at_home and layer",
+        " and layer",
+        (f"{PLANS}test_attention_on_another_layout_is_no_ring_at_home",),
+    ),
+    Mutation(
+        "plan-of-zero-without-earlier-micro-batches",
+        HOLDING,
+        "if stage < 2 and self._accumulates:",
+        "if stage < 0:",
+        (f"{PLANS}test_zero_keeps_all_gradients_from_the_second_micro_batch_on",),
+    ),
+    Mutation(
+        "plan-of-zero-with-a-head-of-its-own",
+        HOLDING,
+        'add("working set", self._tied)',
+        'add("working set", 0.0)',
+        (f"{PLANS}test_a_tied_heads_gradient_waits_for_the_embeddings",),
+    ),
+    Mutation(
+        "plan-copies-to-the-host-for-nothing",
+        "longtrain/planning/roofline.py",
+        "self.weights, self.host)",
+        "self.weights)",
+        (f"{PLANS}test_what_lies_on_the_host_is_copied_and_its_optimizer_steps_there",),
+    ),
+    Mutation(
+        "plan-steps-on-the-host-at-the-devices-speed",
+        "longtrain/planning/roofline.py",
+        "device.bandwidth if held.here else",
+        "device.bandwidth if True else",
+        (f"{PLANS}test_what_lies_on_the_host_is_copied_and_its_optimizer_steps_there",),
+    ),
+    Mutation(
+        "plan-names-changes-that-need-no-other-with-others",
+        PLANNER,
+        "if not any(set(one.overrides) <= set(pair.overrides) for one in found)",
+        "if True",
+        (f"{PLANS}test_what_would_make_a_plan_fit_is_said_fastest_first",),
     ),
     Mutation(
         "plan-of-a-ring-whatever-the-strategy",
         MIXING,
-        'return plain and (strategy is None or (strategy == "ring" and layer.options.window is None))',
-        "return plain",
+        'return not ways or (ways["strategy"] == "ring" and at_home and layer.options.window is None)',
+        "return True",
         (f"{PLANS}test_strategies_that_exchange_heads_keep_them",),
     ),
     Mutation(
@@ -172,8 +214,8 @@ MUTATIONS = (
     Mutation(
         "plan-names-the-slowest-change-first",
         PLANNER,
-        "sorted(unique.values(), key=lambda change: -change.plan.tokens_per_second)",
-        "sorted(unique.values(), key=lambda change: change.plan.tokens_per_second)",
+        "now.recipe.data.length, -change.plan.tokens_per_second",
+        "now.recipe.data.length, change.plan.tokens_per_second",
         (f"{PLANS}test_what_would_make_a_plan_fit_is_said_fastest_first",),
     ),
 )

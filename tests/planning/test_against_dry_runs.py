@@ -20,6 +20,18 @@ CASES = [
     ("llama_8b_zero3", "8xh100", []),
     ("llama_8b_zero3", "8xh100", ["model.depth=2", "trainer.precision=float32", "data.length=65536"]),
     ("llama_8b_zero3", "8xh100", ["model.depth=3", "deepspeed.offload_optimizer=none", "data.length=8192"]),
+    ("llama_8b_zero3", "8xh100", ["model.depth=2", "deepspeed.offload_optimizer=none", "model.tie_embedding=true"]),
+    (
+        "llama_8b_128k",
+        "8xh200",
+        ["model.depth=4", "trainer.sequences=2", "trainer.accumulation=2", "engine=deepspeed", "deepspeed.stage=1"],
+    ),
+    ("llama_8b_128k", "4xh200", ["model.depth=2", "layers.mixers.softmax.layout=balanced"]),
+    (
+        "llama_8b_128k",
+        "8xh200",
+        ["model.depth=2", "trainer.sequences=2", "trainer.accumulation=2", "fsdp.replicas=2"],
+    ),
     ("llama_8b_128k", "8xh200", ["model.depth=4", "memory.recompute=[aten::mm]"]),
     ("llama_8b_1m", "8xh200", ["model.depth=4", "memory.recompute=[conv1d]"]),
     ("llama_70b_512k", "64xh200", ["model.depth=4"]),

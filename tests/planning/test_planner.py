@@ -123,7 +123,8 @@ def test_more_sequences_are_documents_of_their_own():
 def test_what_auto_takes_goes_by_the_documents_that_there_are(tmp_path: Path):
     devices, auto = devices_named("2xcpu"), ["data.length=16384"]
     ring, heads = (
-        plan("quickstart", [*auto, f"parallel.strategy={strategy}"], devices).shape for strategy in ("ring", "ulysses")
+        plan("quickstart", [*auto, *more], devices).shape
+        for more in (["parallel.strategy=ring", "data=passkey"], ["parallel.strategy=ulysses"])
     )
     assert ring.mixers != heads.mixers
     packed = plan("quickstart", auto, devices).shape
@@ -186,7 +187,8 @@ def test_zero_holds_less_at_every_stage_and_leaves_the_rest_to_the_host():
     for stage in (1, 2, 3):
         planned = plan("llama_8b_zero3", [f"deepspeed.stage={stage}", "deepspeed.offload_optimizer=none"], devices)
         held = planned.memory.terms
-        assert held["optimizer"] == 8 * LLAMA_8B / 8 and planned.memory.host == 0
+        assert held["optimizer"] == 8 * LLAMA_8B / 8
+        assert planned.memory.host == (2 * LLAMA_8B / 8 if stage == 3 else 0)  # while it is made
         sharded = (4 if stage < 3 else 4 + 2) * LLAMA_8B / 8
         assert held["weights"] == sharded
         totals.append(planned.memory.total)
@@ -195,6 +197,54 @@ def test_zero_holds_less_at_every_stage_and_leaves_the_rest_to_the_host():
     assert away.terms["optimizer"] == 0 and away.terms["weights"] == 2 * LLAMA_8B / 8
     assert away.host == 20 * LLAMA_8B / 8  # gradients are there twice
     assert totals[-1] - away.total == pytest.approx(16 * LLAMA_8B / 8)
+
+
+def test_zero_keeps_all_gradients_from_the_second_micro_batch_on():
+    changed = ["model.depth=4", "trainer.sequences=2", "trainer.accumulation=2", "engine=deepspeed"]
+    stages = [
+        plan("llama_8b_128k", [*changed, f"deepspeed.stage={stage}", *more], devices_named("8xh200"))
+        for stage, more in ((0, ["trainer.precision=float32"]), (1, []))
+    ]
+    for planned, each in zip(stages, (4, 4 + 2), strict=True):  # beside those of bfloat16 their sums in float32
+        assert planned.memory.terms["gradients"] == each * planned.shape.weights
+        assert "layer 4 of 4" in planned.memory.moment
+
+
+def test_a_tied_heads_gradient_waits_for_the_embeddings():
+    changed = ["model.depth=2", "engine=deepspeed"]
+    tied, apart = (
+        plan("llama_8b_128k", [*changed, f"model.tie_embedding={tie}"], devices_named("8xh200")).memory
+        for tie in ("true", "false")
+    )
+    assert tied.moment == apart.moment
+    assert tied.terms["working set"] - apart.terms["working set"] == 2 * 128256 * 4096
+
+
+def test_attention_on_another_layout_is_no_ring_at_home():
+    home, even, auto = (
+        plan("llama_8b_128k", ["model.depth=2", *more], devices_named("4xh200")).shape.mixers[0]
+        for more in (
+            ["layers.mixers.softmax.layout=home", "parallel.strategy=ring"],
+            ["layers.mixers.softmax.layout=balanced", "parallel.strategy=ring"],
+            ["data=stdlib", "parallel.strategy=ring"],
+        )
+    )
+    assert even.kept < home.kept  # q, k and v went elsewhere
+    assert auto == even  # for documents of some thousand tokens
+
+
+def test_what_lies_on_the_host_is_copied_and_its_optimizer_steps_there():
+    short = ["data.length=4096", "memory.recompute=full"]
+    here, optimizer, layers = (
+        plan("llama_8b_128k", [*short, *more], devices_named("1xh200")).times
+        for more in ([], ["fsdp.cpu_offload=true"], ["memory.offload=inputs"])
+    )
+    assert here.host == 0 and here.optimizer == pytest.approx(LLAMA_8B * 28 / 4.8e12)
+    assert optimizer.host == pytest.approx(LLAMA_8B * 4 * 2 / 5e10)  # float32, in forward and again in backward
+    assert optimizer.optimizer == pytest.approx(LLAMA_8B * 28 / 6e11)
+    assert layers.host == pytest.approx(32 * 4096 * 4096 * 2 / 5e10)
+    assert optimizer.limit == "copies to and from the host" and optimizer.step > here.step
+    assert optimizer.step >= optimizer.host + optimizer.optimizer
 
 
 @pytest.mark.parametrize(
@@ -271,15 +321,19 @@ def test_what_is_offloaded_lies_on_the_host():
 
 
 def test_what_would_make_a_plan_fit_is_said_fastest_first():
-    overrides = ["memory.recompute=none", "data.length=262144"]
-    devices = devices_named("8xh200")
+    overrides = ["memory.recompute=none", "data.length=393216"]
+    devices = devices_named("8xh100")
     planned = plan("llama_8b_128k", overrides, devices)
     assert not planned.fits and planned.over > 0
     found = that_fit("llama_8b_128k", overrides, devices)
     assert 0 < len(found) <= 3 and all(change.plan.fits for change in found)
-    speeds = [change.plan.tokens_per_second for change in found]
-    assert speeds == sorted(speeds, reverse=True)
-    assert any(change.overrides == ("memory.recompute=attention",) for change in found)
+    speeds = [change.plan.tokens_per_second for change in found if change.plan.recipe.data.length == 393216]
+    assert speeds and speeds == sorted(speeds, reverse=True)
+    lengths = [change.plan.recipe.data.length for change in found]
+    assert lengths == sorted(lengths, reverse=True)  # shorter sequences are another task
+    words = [set(change.overrides) for change in found]
+    assert {"memory.recompute=attention"} in words
+    assert not any(one < other for one in words for other in words)  # none with more than it needs
 
 
 def test_the_change_that_helps_most_is_faster_and_fits():
@@ -296,6 +350,11 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     length = found.recipe.data.length
     assert not plan("llama_8b_1m", [f"data.length={int(length * 1.04)}"], devices).fits
     assert longest("llama_70b_512k", ["parallel.rows=1"], devices_named("1xa100")) is None
+    windows = ["layers.mixers.softmax.window=2047", "model.depth=2", "parallel.strategy=ring"]
+    found = longest("softmax", windows, devices_named("1xh200"))  # a window of more than 1,024 tokens
+    assert found is not None and found.recipe.data.length > 2**20
+    with pytest.raises(UsageError, match="memory.recompute"):
+        longest("softmax", ["memory.recompute=fill"], devices_named("1xh200"))
 
 
 def test_the_search_proposes_what_fits_fastest_first():
