@@ -148,7 +148,7 @@ def _key(sizes: Sizes, index: int) -> Hashable:
 def _held_here(sizes: Sizes, index: int) -> bool:
     """Whether it is the layer's doing that what it takes is still there: layers that keep all keep what they made."""
     before = sizes.layers[index - 1]
-    return _policy(sizes, index - 1) != "none" and not before.mixer.takes_shared(before.options)
+    return sizes.policy(index - 1) != "none" and not before.mixer.takes_shared(before.options)
 
 
 def _asked(sizes: Sizes, indices: list[int], *, blocks: bool) -> str:

@@ -100,6 +100,8 @@ def test_keys_and_values_of_the_layer_before_are_held_once():
     # Where nothing is computed again they are among what the layer has kept that made them.
     near, reader = (mixer.between for mixer in none.mixers[1:3])
     assert near - reader == pytest.approx(both + 4 * 64, rel=1e-3)  # and keys before they were turned
+    listed = plan("hymba", ["memory.recompute=[attention]"], devices_named("1xh200")).shape
+    assert [round(block.between) for block in listed.blocks] == [positions, positions, positions + both, positions]
 
 
 def test_attention_that_keeps_few_rows_keeps_no_input():
